@@ -1,0 +1,1 @@
+"""Preconditioners, noise schedules, samplers and guidance: pure functions around a denoiser."""

@@ -1,0 +1,1 @@
+"""Judges: distances between sets of clips, and agreement with what a caption says."""

@@ -1,0 +1,1 @@
+"""Trainers of the codec and the base model."""
