@@ -1,0 +1,130 @@
+"""Samplers: pure functions from a denoiser, a start and a list of noise levels to a sample.
+
+Each takes `denoise(x, sigma) -> Denoised`, `x` at noise level levels[0], and `levels` falling to the last one (0 for a
+finished sample). In the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma (Karras et al. 2022, equation 1
+with s(t) = 1). `anchor` is what the noise estimate is measured from: D itself, or with CFG++ (Chung et al. 2024) the
+unconditional D, so that guidance moves the estimate but not the noise that is put back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..errors import InvalidInput
+
+
+class Denoised(NamedTuple):
+    x0: Tensor
+    anchor: Tensor
+
+
+Denoise = Callable[[Tensor, float], Denoised]
+Noise = Callable[[int], Tensor]
+Progress = Callable[[int, int], None]
+
+
+def _tick(progress: Progress | None, step: int, total: int) -> None:
+    if progress is not None:
+        progress(step, total)
+
+
+def euler(denoise: Denoise, x: Tensor, levels: Sequence[float], progress: Progress | None = None) -> Tensor:
+    """First order: x' = D + s'/s (x - anchor). One evaluation a step."""
+    for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        d = denoise(x, s)
+        x = d.x0 + (s_next / s) * (x - d.anchor)
+        _tick(progress, i + 1, len(levels) - 1)
+    return x
+
+
+def heun(denoise: Denoise, x: Tensor, levels: Sequence[float], progress: Progress | None = None) -> Tensor:
+    """Second order (Karras et al. 2022, algorithm 1 without churn): two evaluations a step, one in a step to 0."""
+    for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        slope = (x - denoise(x, s).x0) / s
+        x_next = x + (s_next - s) * slope
+        if s_next > 0:
+            slope_next = (x_next - denoise(x_next, s_next).x0) / s_next
+            x_next = x + (s_next - s) * (slope + slope_next) / 2
+        x = x_next
+        _tick(progress, i + 1, len(levels) - 1)
+    return x
+
+
+def dpmpp_2m(denoise: Denoise, x: Tensor, levels: Sequence[float], progress: Progress | None = None) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) with lambda = -ln sigma: second order, one evaluation a step."""
+    previous: Denoised | None = None
+    for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        d = denoise(x, s)
+        x0, anchor = d
+        if previous is not None and s_next > 0:
+            # r = (previous step) / (this step) in lambda; D is extrapolated to the middle of the step
+            r = math.log(levels[i - 1] / s) / math.log(s / s_next)
+            x0 = d.x0 + (d.x0 - previous.x0) / (2 * r)
+            anchor = d.anchor + (d.anchor - previous.anchor) / (2 * r)
+        x = x0 + (s_next / s) * (x - anchor)
+        previous = d
+        _tick(progress, i + 1, len(levels) - 1)
+    return x
+
+
+def dpmpp_2s(denoise: Denoise, x: Tensor, levels: Sequence[float], progress: Progress | None = None) -> Tensor:
+    """DPM-Solver++(2S) (Lu et al. 2022, algorithm 1, r = 1/2): second order, two evaluations a step, single step."""
+    for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        d = denoise(x, s).x0
+        if s_next > 0:
+            s_mid = math.sqrt(s * s_next)  # the middle in lambda
+            x_mid = d + (s_mid / s) * (x - d)
+            d = denoise(x_mid, s_mid).x0
+        x = d + (s_next / s) * (x - d)
+        _tick(progress, i + 1, len(levels) - 1)
+    return x
+
+
+def few_step(
+    denoise: Denoise, x: Tensor, levels: Sequence[float], noise: Noise, progress: Progress | None = None
+) -> Tensor:
+    """The few-step stochastic sampler of distilled models: x_0 = D(x; s), x' = x_0 + s' n with fresh noise."""
+    for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        x = denoise(x, s).x0
+        if s_next > 0:
+            x = x + s_next * noise(i + 1)
+        _tick(progress, i + 1, len(levels) - 1)
+    return x
+
+
+#: deterministic solvers, by the name that users write
+ODE_SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "euler": euler,
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2s": dpmpp_2s,
+}
+SAMPLERS = (*ODE_SAMPLERS, "few_step")
+CFG_PP_SAMPLERS = ("euler", "dpmpp_2m")
+
+
+def sample(
+    name: str, denoise: Denoise, x: Tensor, levels: Sequence[float], noise: Noise, progress: Progress | None = None
+) -> Tensor:
+    """Run the sampler called `name`. `noise(k)` gives the k-th fresh noise tensor (few_step alone asks for it)."""
+    if name == "few_step":
+        return few_step(denoise, x, levels, noise, progress)
+    if name not in ODE_SAMPLERS:
+        raise InvalidInput(f"unknown sampler {name!r}; there are {', '.join(SAMPLERS)}")
+    return ODE_SAMPLERS[name](denoise, x, levels, progress)
+
+
+def evaluated_levels(name: str, levels: Sequence[float]) -> list[float]:
+    """Noise levels of every denoiser evaluation that the sampler will make, in order: known before the first."""
+    out: list[float] = []
+    for s, s_next in zip(levels[:-1], levels[1:], strict=True):
+        out.append(s)
+        if s_next > 0 and name == "heun":
+            out.append(s_next)
+        if s_next > 0 and name == "dpmpp_2s":
+            out.append(math.sqrt(s * s_next))
+    return out
