@@ -1,0 +1,89 @@
+"""Builds the C++ module `presto_rt._C` and lists the packages; everything else is in pyproject.toml.
+
+The module is optional. It is built through CMake where CMake is installed and by calling the C++ compiler directly where it is
+not; without any compiler the install goes on, says so in one line, and the torch twins of the operators are used.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
+
+# -ffp-contract=off: no fused multiply-adds, so every operator gives the same bits on every machine and in its torch twin.
+# The other two change no result; they only let the compiler vectorise square roots and selections.
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler's command, $CXX first; None when there is none."""
+    for command in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        words = shlex.split(command or "")
+        if words and shutil.which(words[0]):
+            return words
+    return None
+
+
+class BuildNative(build_ext):
+    """Builds the one extension through CMake or, without CMake, with one call of the compiler."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = compiler()
+        if command is None:
+            print("warning: no C++ compiler found, presto_rt._C is left out and the slower torch twins are used", file=sys.stderr)
+            return
+        has_make = any(shutil.which(tool) for tool in ("ninja", "make"))
+        try:
+            if shutil.which("cmake") and has_make:
+                self.with_cmake(target)
+            else:
+                self.with_compiler(command, target)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"building presto_rt._C failed (exit status {error.returncode}); its output is above") from None
+
+    def with_cmake(self, target: Path) -> None:
+        import pybind11
+
+        build = Path(self.build_temp).resolve() / "cmake"
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        subprocess.run(
+            ["cmake", "-S", str(ROOT), "-B", str(build), *generator]
+            + ["-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
+            check=True,
+        )
+        subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
+        shutil.copyfile(build / target.name, target)
+
+    def with_compiler(self, command: list[str], target: Path) -> None:
+        import pybind11
+
+        includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}", "-Icsrc"]
+        machine = ["-march=x86-64-v2"] if platform.machine() in ("x86_64", "AMD64") else []
+        shared = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
+        subprocess.run([*command, *FLAGS, *machine, *includes, *shared, *SOURCES, "-o", str(target)], check=True, cwd=ROOT)
+
+
+setup(
+    packages=[
+        *find_packages(include=["presto_rt", "presto_rt.*"]),
+        "presto_rt.kernels",
+        *(f"presto_rt.kernels.{name}" for name in find_packages("kernels")),
+    ],
+    package_dir={"presto_rt.kernels": "kernels"},
+    # `optional` only tells setuptools that the file may be missing when no compiler was found.
+    ext_modules=[Extension("presto_rt._C", SOURCES, optional=True)],
+    cmdclass={"build_ext": BuildNative},
+)
