@@ -1,5 +1,5 @@
-// Counter-based normal noise. presto_rt/noise.py states the algorithm and holds the torch twin that this agrees with to the bit:
-// only correctly rounded fp32 operations, in a fixed order, without fused multiply-adds.
+// Counter-based normal noise. presto_rt/noise.py states the algorithm and holds the torch twin that this agrees with to the
+// bit: only correctly rounded fp32 operations, in a fixed order, without fused multiply-adds.
 #include <cmath>
 #include <cstring>
 
@@ -8,7 +8,9 @@
 namespace presto_rt {
 namespace {
 
-constexpr float fp32(double value) { return static_cast<float>(value); }
+constexpr float fp32(double value) {
+  return static_cast<float>(value);
+}
 
 PRESTO_RT_INLINE float as_float(std::int32_t bits) {
   float value;
@@ -26,9 +28,9 @@ PRESTO_RT_INLINE std::int32_t as_int(float value) {
 PRESTO_RT_INLINE float radius(std::uint32_t word) {
   const float u = static_cast<float>(word) * 0x1p-32f + 0x1p-33f;
   const std::int32_t bits = as_int(u);
-  const std::int32_t exponent = (bits - 0x3F3504F3) >> 23;              // u = 2^exponent m, m in [sqrt(1/2), sqrt(2))
+  const std::int32_t exponent = (bits - 0x3F3504F3) >> 23;  // u = 2^exponent m, m in [sqrt(1/2), sqrt(2))
   const float m = as_float(bits - exponent * (1 << 23));
-  const float s = (m - 1.0f) / (m + 1.0f);                              // ln m = 2 artanh s
+  const float s = (m - 1.0f) / (m + 1.0f);  // ln m = 2 artanh s
   const float t = s * s;
   float p = t * fp32(1.0 / 9.0) + fp32(1.0 / 7.0);
   p = t * p + fp32(1.0 / 5.0);
@@ -106,12 +108,12 @@ void philox(Array<std::uint32_t> counters, std::uint64_t seed, Array<std::uint32
 }
 
 }  // namespace
+}  // namespace presto_rt
 
-void bind_noise(py::module_& module) {
-  module.def("normal", &normal, py::arg("out").noconvert(), py::arg("seed"), py::arg("stream"),
+void bind_noise(pybind11::module_& module) {
+  module.def("normal", &presto_rt::normal, pybind11::arg("out").noconvert(), pybind11::arg("seed"), pybind11::arg("stream"),
              "Fills out, float32 of any shape, with standard normal noise.");
-  module.def("philox", &philox, py::arg("counters").noconvert(), py::arg("seed"), py::arg("out").noconvert(),
+  module.def("philox", &presto_rt::philox, pybind11::arg("counters").noconvert(), pybind11::arg("seed"),
+             pybind11::arg("out").noconvert(),
              "Philox4x32-10 of counters (n, 4) uint32 under a 64-bit key, into out (n, 4) uint32.");
 }
-
-}  // namespace presto_rt

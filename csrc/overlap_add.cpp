@@ -7,8 +7,7 @@ namespace {
 
 // out[f hop + j] += frames[f, j] window[j], frames in ascending order.
 PRESTO_RT_MULTIVERSION
-void add_frames(const float* frames, const float* window, float* out, std::int64_t count, std::int64_t size,
-                std::int64_t hop) {
+void add_frames(const float* frames, const float* window, float* out, std::int64_t count, std::int64_t size, std::int64_t hop) {
   for (std::int64_t f = 0; f < count; ++f) {
     const float* frame = frames + f * size;
     float* target = out + f * hop;
@@ -52,12 +51,11 @@ void overlap_add(Array<float> frames, Array<float> window, std::int64_t hop, Arr
 }
 
 }  // namespace
+}  // namespace presto_rt
 
-void bind_overlap_add(py::module_& module) {
-  module.def("overlap_add", &overlap_add, py::arg("frames").noconvert(), py::arg("window").noconvert(), py::arg("hop"),
-             py::arg("out").noconvert(), py::arg("envelope").noconvert(),
+void bind_overlap_add(pybind11::module_& module) {
+  module.def("overlap_add", &presto_rt::overlap_add, pybind11::arg("frames").noconvert(), pybind11::arg("window").noconvert(),
+             pybind11::arg("hop"), pybind11::arg("out").noconvert(), pybind11::arg("envelope").noconvert(),
              "Windows frames (batch, frames, size), overlaps and adds them into out (batch, total) and divides by the sum of\n"
              "squared windows, which goes to envelope (total,). All float32.");
 }
-
-}  // namespace presto_rt

@@ -76,10 +76,11 @@ void bind_one(py::module_& module, const char* doc) {
 }
 
 }  // namespace
-
-void bind_pcm(py::module_& module) {
-  bind_one<std::int16_t>(module, "samples (channels, frames) float32 -> 16-bit integers, out (frames, channels) int16.");
-  bind_one<std::int32_t>(module, "samples (channels, frames) float32 -> 24-bit integers, out (frames, channels) int32.");
-}
-
 }  // namespace presto_rt
+
+void bind_pcm(pybind11::module_& module) {
+  presto_rt::bind_one<std::int16_t>(module,
+                                    "samples (channels, frames) float32 -> 16-bit integers, out (frames, channels) int16.");
+  presto_rt::bind_one<std::int32_t>(module,
+                                    "samples (channels, frames) float32 -> 24-bit integers, out (frames, channels) int32.");
+}

@@ -6,8 +6,8 @@
 
 namespace presto_rt {
 
-constexpr int kLanes = 16;              // counters per batch
-constexpr int kWords = 4 * kLanes;      // words per batch
+constexpr int kLanes = 16;          // counters per batch
+constexpr int kWords = 4 * kLanes;  // words per batch
 
 // words[j][l] is word j of lane l: the counter on entry, the random words on return.
 PRESTO_RT_INLINE void philox4x32_10(std::uint32_t words[4][kLanes], std::uint64_t seed) {
