@@ -1,0 +1,194 @@
+"""Compiles every shipped configuration ahead of time and prints what it takes: registers, shared memory, spills,
+tensor cores.
+
+    python -m presto_rt.kernels.report [--arch sm_90] [--json] [operator ...]
+
+Needs Triton but no GPU. Each operator names its configurations in `shipped(arch)`; they are called on meta tensors
+inside `runtime.recording`, so what is compiled is what the operator launches. Registers and spills are ptxas's own
+words (`ptxas -v`, the one in Triton's wheel); the tensor-core column is what stands in the PTX: wgmma (Hopper) or mma
+(Ampere).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import BackendUnavailable, InvalidInput, MissingDependency
+from . import OPERATORS, runtime
+
+#: shared memory that one block may take, in bytes (CUDA C++ programming guide, table of compute capabilities)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+_SCALARS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv",
+torch.int16: "i16",
+            torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.float64: "fp64"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Resources of one compiled kernel. registers per thread; shared, stack, spills in bytes; matrix: "wgmma",
+    "mma" or "-".
+    """
+
+    operator: str
+    configuration: str
+    kernel: str
+    arch: int
+    warps: int
+    stages: int
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+    matrix: str
+    fits: bool
+
+
+def configurations(arch: int, operators: Sequence[str] = OPERATORS) -> Iterator[tuple[str, str, runtime.Launch]]:
+    """(operator, configuration, launch) of every kernel that ships for `arch`."""
+    for operator in operators:
+        if operator not in OPERATORS:
+            raise InvalidInput(f"operator {operator!r} is unknown; use one of {', '.join(OPERATORS)}")
+        module = importlib.import_module(f".{operator}", __package__)
+        for name, call in module.shipped(arch):
+            with runtime.recording(arch) as launches:
+                call()
+            for item in launches:
+                yield operator, name, item
+
+
+def compile_launch(item: runtime.Launch, arch: int) -> Any:
+    """The compiled kernel of a recorded launch, specialised as a real launch would be (1 is a constant, 16 divides)."""
+    triton = runtime.triton
+    assert triton is not None
+    compiler = importlib.import_module("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", arch, 32)
+    names = item.kernel.arg_names
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    given = dict(zip(names, item.arguments, strict=False)) | item.constants
+    for index, name in enumerate(names):
+        value = given[name]
+        kind = "constexpr" if name in item.constants else _kind(value)
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[(index,)] = value
+        elif kind.startswith("*") or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = compiler.ASTSource(item.kernel, signature, constants, attributes)
+    options = {"num_warps": item.num_warps, "num_stages": item.num_stages, **item.options}
+    return triton.compile(source, target=target, options=options)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return "*" + _SCALARS[value.dtype]
+    if value is None or (isinstance(value, int) and value == 1):
+        return "constexpr"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def resources(compiled: Any, arch: int) -> dict[str, Any]:
+    """registers, shared, stack, spills, matrix of a compiled kernel."""
+    ptx = compiled.asm["ptx"]
+    words = _ptxas(ptx, arch)
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", words))
+    stack = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", words))
+    registers = int(re.search(r"Used (\d+) registers", words)[1])  # type: ignore[index]
+    matrix = "wgmma" if "wgmma.mma_async" in ptx else "mma" if re.search(r"\bmma\.sync", ptx) else "-"
+    return {
+        "registers": registers,
+        "shared": compiled.metadata.shared,
+        "stack": stack,
+        "spills": spills,
+        "matrix": matrix,
+    }
+
+
+def _ptxas(ptx: str, arch: int) -> str:
+    """What `ptxas -v` says. Newer Triton writes PTX that only the newer ptxas of its wheel reads, so each is tried."""
+    target = re.search(r"\.target (sm_\w+)", ptx)[1]  # type: ignore[index]
+    tools = Path(runtime.triton.__file__).parent / "backends" / "nvidia" / "bin"  # type: ignore[union-attr, arg-type]
+    said = "no ptxas in Triton's wheel"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        for tool in (tools / "ptxas", tools / "ptxas-blackwell"):
+            if not tool.exists():
+                continue
+            command = [str(tool), "-v", f"--gpu-name={target}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return done.stdout + done.stderr
+            said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
+    raise BackendUnavailable(f"ptxas could not assemble for sm_{arch}: {said}")
+
+
+def rows(arch: int, operators: Sequence[str] = OPERATORS) -> Iterator[Row]:
+    """One Row per shipped kernel; the same kernel is compiled once even where configurations share it."""
+    seen: dict[Any, dict[str, Any]] = {}
+    for operator, name, item in configurations(arch, operators):
+        compiled = compile_launch(item, arch)
+        if compiled.hash not in seen:
+            seen[compiled.hash] = resources(compiled, arch)
+        found = seen[compiled.hash]
+        fits = found["spills"] == 0 and found["shared"] <= SHARED_LIMIT[arch]
+        yield Row(operator, name, item.kernel.__name__, arch, item.num_warps, item.num_stages, fits=fits, **found)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; returns 1 when a kernel spills or takes more shared memory than the chip has."""
+    parser = argparse.ArgumentParser(
+        prog="python -m presto_rt.kernels.report", description="Resources of every shipped kernel."
+    )
+    parser.add_argument(
+        "operators", nargs="*", default=list(OPERATORS), metavar="operator", help="default: all of them"
+    )
+    parser.add_argument("--arch", choices=["sm_80", "sm_90"], action="append", help="default: both")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(arguments)
+    if runtime.triton is None:
+        raise MissingDependency("the report compiles Triton kernels and Triton is not installed: pip install triton")
+    if runtime.interpreting:
+        raise InvalidInput("TRITON_INTERPRET is set, so nothing can be compiled; unset it")
+    table = [
+        row
+        for arch in options.arch or ["sm_80", "sm_90"]
+        for row in rows(int(arch.removeprefix("sm_")), options.operators)
+    ]
+    if options.json:
+        document = {
+            "triton": runtime.triton.__version__,
+            "torch": torch.__version__,
+            "rows": [dataclasses.asdict(r) for r in table],
+        }
+        print(json.dumps(document, indent=1))
+    else:
+        print(
+            f"triton {runtime.triton.__version__}, torch {torch.__version__}; shared memory, stack and spills in bytes"
+        )
+        columns = ("arch", 5), ("warps", 6), ("stages", 7), ("regs", 5), ("shared", 7), ("stack", 6), ("spills", 7)
+        print(f"{'configuration':56}" + "".join(f"{name:>{width}}" for name, width in columns) + " matrix")
+        for r in table:
+            numbers = (f"sm_{r.arch}", r.warps, r.stages, r.registers, r.shared, r.stack, r.spills)
+            cells = "".join(f"{number:>{width}}" for number, (_, width) in zip(numbers, columns, strict=True))
+            print(f"{r.operator + ': ' + r.configuration:56}{cells} {r.matrix}{'' if r.fits else '   DOES NOT FIT'}")
+    return 0 if all(r.fits for r in table) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

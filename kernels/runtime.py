@@ -1,0 +1,236 @@
+"""What every operator shares: Triton (or its absence), launching, recording of launches, and checks of arguments.
+
+An operator calls `launch(kernel, grid, *tensors_and_numbers, **constants)`. Usually that runs the kernel. Inside
+`recording(arch)` it only notes what would have run, so that `presto_rt.kernels.report` compiles exactly what an
+operator launches, from meta tensors and without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailable, InvalidInput
+
+log = logging.getLogger("presto_rt.kernels")
+
+triton: ModuleType | None
+try:
+    triton = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
+except ImportError:
+    triton = None
+    tl = None
+
+#: True when Triton's interpreter runs the kernels on CPU tensors (TRITON_INTERPRET=1, set before the first import of
+#: Triton).
+interpreting: bool = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in (
+    "1",
+    "true",
+    "on",
+    "yes",
+)
+# the same for use inside kernels, which see only constexpr globals
+INTERPRET: Any = tl.constexpr(interpreting) if tl is not None else interpreting
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit` where Triton is installed; else the function as it is, never called."""
+    return triton.jit(function) if triton is not None else function
+
+
+if interpreting:
+    from .interpreter import repair
+
+    repair()
+
+
+@jit
+def dot(a, b, acc):
+    """acc + a @ b, accumulated in fp32. The interpreter multiplies the raw bits of bf16 and fp8, so there both go
+    up to fp32 first.
+    """
+    if INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@jit
+def saturate(x, LIMIT: tl.constexpr):
+    """x cut to +-LIMIT (the largest number of an fp8 format); LIMIT = 0 leaves x alone."""
+    if LIMIT > 0:
+        x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
+    return x
+
+
+def fp8_limit(dtype: torch.dtype) -> float:
+    """Largest finite number of an fp8 dtype, 0 for every other dtype: the LIMIT of `saturate`."""
+    return float(torch.finfo(dtype).max) if dtype.is_floating_point and dtype.itemsize == 1 else 0.0
+
+
+# ---- launching -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel launch: what `launch` was given."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    options: dict[str, Any]
+
+
+@dataclasses.dataclass
+class _Recorder:
+    arch: int
+    launches: list[Launch]
+
+
+_recorder: _Recorder | None = None
+
+
+@contextlib.contextmanager
+def recording(arch: int) -> Iterator[list[Launch]]:
+    """Inside, operators given meta tensors note their launches for compute capability `arch` (80, 90) in the list
+    instead of running.
+    """
+    global _recorder
+    outer, _recorder = _recorder, _Recorder(arch, [])
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder = outer
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int = 4,
+    num_stages: int = 1,
+    options: dict[str, Any] | None = None,
+    **constants: Any,
+) -> None:
+    """Run `kernel` on `grid` with positional `arguments` (tensors, numbers, None) and compile-time `constants`."""
+    options = options or {}
+    if _recorder is not None:
+        _recorder.launches.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages, options))
+        return
+    with _on_device_of(arguments[0]):
+        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, **options)
+
+
+def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+@functools.cache
+def _capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def capability(tensor: Tensor) -> int:
+    """Compute capability that a launch on `tensor` is for: 80, 90, ...; 90 under the interpreter."""
+    if _recorder is not None:
+        return _recorder.arch
+    return _capability(tensor.device.index) if tensor.is_cuda else 90
+
+
+@functools.lru_cache(maxsize=1)
+def _say_without_triton() -> None:
+    log.warning("Triton is not installed: fused kernels run as plain torch, slower (pip install triton)")
+
+
+def use_triton(tensor: Tensor, backend: str = "auto") -> bool:
+    """Whether an operator runs its Triton kernel on `tensor` (True) or its plain torch reference (False).
+
+    backend: "auto" (Triton on CUDA tensors, under the interpreter and while recording), "triton" or "torch".
+    Raises InvalidInput for another name, BackendUnavailable when "triton" cannot run on this tensor.
+    """
+    if backend not in ("auto", "triton", "torch"):
+        raise InvalidInput(f"backend={backend!r} is unknown; use 'auto', 'triton' or 'torch'")
+    if backend == "torch":
+        return False
+    if triton is None:
+        if backend == "triton":
+            raise BackendUnavailable("backend='triton' needs Triton: pip install triton, or use backend='torch'")
+        if tensor.is_cuda:
+            _say_without_triton()
+        return False
+    can = tensor.is_cuda or interpreting or _recorder is not None
+    if backend == "triton" and not can:
+        raise BackendUnavailable(
+            f"backend='triton' cannot run on a {tensor.device.type} tensor; move it to a GPU or use backend='torch'"
+        )
+    return can
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FP8 = (torch.float8_e4m3fn,)
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise InvalidInput(message) unless `condition`."""
+    if not condition:
+        raise InvalidInput(message)
+
+
+def check_tensor(
+    name: str, tensor: Tensor, dims: int, dtypes: tuple[torch.dtype, ...] = FLOATS, last_contiguous: bool = True
+) -> None:
+    """Raise InvalidInput unless `tensor` has `dims` dimensions, none empty, one of `dtypes`, and a last dimension
+    of stride 1.
+    """
+    check(isinstance(tensor, Tensor), f"{name} is a {type(tensor).__name__}; pass a torch tensor")
+    check(tensor.dim() == dims, f"{name} has {tensor.dim()} dimensions, expected {dims}; reshape it")
+    check(tensor.numel() > 0, f"{name} is empty (shape {tuple(tensor.shape)}); every dimension needs length 1 or more")
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    check(tensor.dtype in dtypes, f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}; use one of {names}")
+    if last_contiguous:
+        check(
+            tensor.shape[-1] == 1 or tensor.stride(-1) == 1,
+            f"{name} is not contiguous in its last dimension (stride {tensor.stride(-1)}); call .contiguous()",
+        )
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise InvalidInput unless `tensor` has exactly `shape`."""
+    check(tuple(tensor.shape) == tuple(shape), f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raise InvalidInput unless all given tensors (None apart) are on one device."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    check(
+        len(set(devices.values())) <= 1,
+        "tensors are on several devices: " + ", ".join(f"{n} on {d}" for n, d in devices.items()),
+    )
+
+
+def next_power_of_2(number: int) -> int:
+    """Smallest power of two that is >= number."""
+    return 1 << (number - 1).bit_length()
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """Integer division, rounded up."""
+    return -(-number // divisor)
