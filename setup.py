@@ -1,7 +1,8 @@
 """Builds the C++ module `presto_rt._C` and lists the packages; everything else is in pyproject.toml.
 
-The module is optional. It is built through CMake where CMake is installed and by calling the C++ compiler directly where it is
-not; without any compiler the install goes on, says so in one line, and the torch twins of the operators are used.
+The module is optional. It is built through CMake where CMake is installed and by calling the C++ compiler directly
+where it is not; without any compiler the install goes on, says so in one line, and the torch twins of the operators
+are used.
 """
 
 from __future__ import annotations
@@ -21,9 +22,17 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
 
-# -ffp-contract=off: no fused multiply-adds, so every operator gives the same bits on every machine and in its torch twin.
-# The other two change no result; they only let the compiler vectorise square roots and selections.
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# -ffp-contract=off: no fused multiply-adds, so every operator gives the same bits on every machine and in its torch
+# twin. The other two change no result; they only let the compiler vectorise square roots and selections.
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 
 
 def compiler() -> list[str] | None:
@@ -43,7 +52,8 @@ class BuildNative(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         command = compiler()
         if command is None:
-            print("warning: no C++ compiler found, presto_rt._C is left out and the slower torch twins are used", file=sys.stderr)
+            message = "no C++ compiler found: presto_rt._C is left out and the slower torch twins are used"
+            print(f"warning: {message}", file=sys.stderr)
             return
         has_make = any(shutil.which(tool) for tool in ("ninja", "make"))
         try:
@@ -52,18 +62,22 @@ class BuildNative(build_ext):
             else:
                 self.with_compiler(command, target)
         except subprocess.CalledProcessError as error:
-            raise SystemExit(f"building presto_rt._C failed (exit status {error.returncode}); its output is above") from None
+            raise SystemExit(
+                f"building presto_rt._C failed (exit status {error.returncode}); its output is above"
+            ) from None
 
     def with_cmake(self, target: Path) -> None:
         import pybind11
 
         build = Path(self.build_temp).resolve() / "cmake"
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        subprocess.run(
-            ["cmake", "-S", str(ROOT), "-B", str(build), *generator]
-            + ["-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
-            check=True,
-        )
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *generator, *defines], check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
         shutil.copyfile(build / target.name, target)
 
@@ -73,7 +87,9 @@ class BuildNative(build_ext):
         includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}", "-Icsrc"]
         machine = ["-march=x86-64-v2"] if platform.machine() in ("x86_64", "AMD64") else []
         shared = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
-        subprocess.run([*command, *FLAGS, *machine, *includes, *shared, *SOURCES, "-o", str(target)], check=True, cwd=ROOT)
+        subprocess.run(
+            [*command, *FLAGS, *machine, *includes, *shared, *SOURCES, "-o", str(target)], check=True, cwd=ROOT
+        )
 
 
 setup(

@@ -1,14 +1,14 @@
 """Counter-based random numbers: the same noise for a seed on every device, in C++, torch and Triton, to the bit.
 
-Generator. Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the 64-bit seed,
-low word first. Elements come in blocks of four; block b = i // 4 has the counter (b mod 2^32, b div 2^32, stream, 0), and
-element i takes word j = i mod 4 of its block. So element i of a flattened tensor depends on (seed, stream, i) alone: a longer
-clip begins with the same noise, and any part can be made without the rest.
+Generator. Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the
+64-bit seed, low word first. Elements come in blocks of four; block b = i // 4 has the counter (b mod 2^32, b div
+2^32, stream, 0), and element i takes word j = i mod 4 of its block. So element i of a flattened tensor depends on
+(seed, stream, i) alone: a longer clip begins with the same noise, and any part can be made without the rest.
 
-Normals. Box and Muller's transform makes the elements (0, 1) of a block from the words (x0, x1) and the elements (2, 3) from
-(x2, x3). Every operation is a correctly rounded fp32 one (+, -, *, /, sqrt, conversion) or an integer one, in exactly this
-order, and **no multiply and add may be fused**; constants are rounded from double to fp32. With word `x` of the radius and word
-`y` of the angle:
+Normals. Box and Muller's transform makes the elements (0, 1) of a block from the words (x0, x1) and the elements (2,
+3) from (x2, x3). Every operation is a correctly rounded fp32 one (+, -, *, /, sqrt, conversion) or an integer one, in
+exactly this order, and **no multiply and add may be fused**; constants are rounded from double to fp32. With word `x`
+of the radius and word `y` of the angle:
 
     u     = fp32(x) * 2^-32 + 2^-33                 conversion rounds to nearest even; 0 < u <= 1
     e     = (bits(u) - 0x3F3504F3) >> 23            int32, arithmetic shift: u = 2^e m with m in [sqrt(1/2), sqrt(2))
@@ -29,8 +29,8 @@ order, and **no multiply and add may be fused**; constants are rounded from doub
     (c, d) = (cos, sin), (-sin, cos), (-cos, -sin), (sin, -cos)       for q = 0, 1, 2, 3
     elements  r * c,  r * d
 
-In Triton this means `tl.div_rn`, `tl.sqrt_rn`, and `enable_fp_fusion=False` at launch. Against the exact formula in fp64 the
-error is below 1e-6; the largest magnitude that can come out is sqrt(66 ln 2) = 6.76.
+In Triton this means `tl.div_rn`, `tl.sqrt_rn`, and `enable_fp_fusion=False` at launch. Against the exact formula in
+fp64 the error is below 1e-6; the largest magnitude that can come out is sqrt(66 ln 2) = 6.76.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def check_seed(seed: object) -> int:
 def normal(seed: int, shape: Sequence[int], *, stream: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """Standard normal noise, float32, of the given shape on the given device.
 
-    Element i of the flattened shape depends only on (seed, stream, i). Different streams (0 to 2^32 - 1) of one seed are
-    independent. Raises InvalidInput for a seed, stream or shape out of range.
+    Element i of the flattened shape depends only on (seed, stream, i). Different streams (0 to 2^32 - 1) of one seed
+    are independent. Raises InvalidInput for a seed, stream or shape out of range.
     """
     seed = check_seed(seed)
     stream = _integer(stream, "stream", MAX_STREAM)
@@ -89,7 +89,8 @@ def random_words(seed: int, count: int, *, stream: int = 0, device: torch.device
 
 
 def philox4x32(counters: Tensor, seed: int) -> Tensor:
-    """Philox4x32-10 in torch. counters (4, n): 32-bit words in int64; key: the 64-bit seed. Returns words (4, n), int64."""
+    """Philox4x32-10 in torch. counters (4, n): 32-bit words in int64; key: the 64-bit seed. Returns words (4, n),
+    int64."""
     c0, c1, c2, c3 = counters
     key0, key1 = seed & _MASK32, seed >> 32
     for _ in range(10):
@@ -101,7 +102,8 @@ def philox4x32(counters: Tensor, seed: int) -> Tensor:
 
 
 def _multiply(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of factor * words. The product has 64 bits and int64 only 63, so the factor goes in halves."""
+    """High and low 32 bits of factor * words. The product has 64 bits and int64 only 63, so the factor goes in
+    halves."""
     low = words * (factor & 0xFFFF)
     high = words * (factor >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
@@ -120,8 +122,9 @@ def _radius(word: Tensor) -> Tensor:
     p = t * p + 1.0 / 3.0
     artanh = (s * t) * p + s
     ln = exponent.to(torch.float32) * math.log(2.0) + artanh * 2.0
-    # torch.sqrt of fp32 need not be correctly rounded on the CPU (a vector library computes it). In fp64 a few ulp do no harm: the
-    # root of an fp32 number is at least 4 fp64 ulp away from the midpoint of two fp32 numbers, so this rounds correctly.
+    # torch.sqrt of fp32 need not be correctly rounded on the CPU (a vector library computes it). In fp64 a few ulp do
+    # no harm: the root of an fp32 number is at least 4 fp64 ulp away from the midpoint of two fp32 numbers, so this
+    # rounds correctly.
     return torch.sqrt((ln * -2.0).to(torch.float64)).to(torch.float32)
 
 

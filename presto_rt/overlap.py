@@ -2,8 +2,8 @@
 
     y[i] = sum_f x[f, i - f hop] w[i - f hop]  /  sum_f w[i - f hop]^2        (Griffin and Lim 1984, eq. 6)
 
-the least-squares signal whose windowed frames come nearest to the given ones. Both versions add in the same order without fused
-multiply-adds, so they agree to the bit.
+the least-squares signal whose windowed frames come nearest to the given ones. Both versions add in the same order
+without fused multiply-adds, so they agree to the bit.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ SMALLEST_ENVELOPE = 1e-8  # below this the division would only blow up rounding 
 def overlap_add(frames: Tensor, window: Tensor, hop: int, *, center: bool = True, length: int | None = None) -> Tensor:
     """Frames (B, F, n_fft) float32, as an inverse FFT returns them, to samples (B, N) float32.
 
-    `window` (n_fft,) is applied here. With `center` the first n_fft // 2 samples are dropped, as in torch.istft, and the last
-    n_fft // 2 too unless `length` asks for them; `length` is the number of samples to return. Differentiable. Raises InvalidInput
-    for wrong shapes or dtypes and where the windows leave a returned sample uncovered.
+    `window` (n_fft,) is applied here. With `center` the first n_fft // 2 samples are dropped, as in torch.istft, and
+    the last n_fft // 2 too unless `length` asks for them; `length` is the number of samples to return.
+    Differentiable. Raises InvalidInput for wrong shapes or dtypes and where the windows leave a returned sample
+    uncovered.
     """
     _check(frames, window, hop)
     batch, count, size = frames.shape
@@ -30,7 +31,9 @@ def overlap_add(frames: Tensor, window: Tensor, hop: int, *, center: bool = True
     first = size // 2 if center else 0
     last = total - first if length is None else first + length
     if not first < last <= total:
-        raise InvalidInput(f"length must be from 1 to {total - first} for {count} frames of {size} at hop {hop}, got {length}")
+        raise InvalidInput(
+            f"length must be from 1 to {total - first} for {count} frames of {size} at hop {hop}, got {length}"
+        )
     needs_graph = torch.is_grad_enabled() and (frames.requires_grad or window.requires_grad)
     if native.lib is not None and frames.device.type == "cpu" and not needs_graph:
         summed, envelope = torch.empty(batch, total), torch.empty(total)
@@ -45,7 +48,7 @@ def overlap_add(frames: Tensor, window: Tensor, hop: int, *, center: bool = True
 
 def overlap_add_torch(frames: Tensor, window: Tensor, hop: int) -> tuple[Tensor, Tensor]:
     """The twin: all (F - 1) hop + n_fft samples, normalised (B, N), and the sum of squared windows (N,)."""
-    batch, count, size = frames.shape
+    _, count, size = frames.shape
     squares = (window * window).expand(1, count, size)
     total = (count - 1) * hop + size
     envelope = _add(squares, hop)[0, :total]

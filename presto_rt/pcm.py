@@ -2,10 +2,11 @@
 
     n = clamp(round(x 2^(bits - 1) + d), -2^(bits - 1), 2^(bits - 1) - 1)
 
-with ties to even, NaN taken for silence, and triangular dither d in (-1, 1) steps: the difference of two independent uniforms,
-which makes the rounding error's mean and power independent of the music (Lipshitz, Wannamaker and Vanderkooy 1992). The dither is
-counter-based: element i of the interleaved output takes word i of its Philox stream, d = ((word mod 2^16) - (word div 2^16)) / 2^16,
-so a seed gives the same file everywhere and a longer clip begins with the same integers.
+with ties to even, NaN taken for silence, and triangular dither d in (-1, 1) steps: the difference of two independent
+uniforms, which makes the rounding error's mean and power independent of the music (Lipshitz, Wannamaker and
+Vanderkooy 1992). The dither is counter-based: element i of the interleaved output takes word i of its Philox stream,
+d = ((word mod 2^16) - (word div 2^16)) / 2^16, so a seed gives the same file everywhere and a longer clip begins with
+the same integers.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _TYPES = {16: torch.int16, 24: torch.int32}
 def to_pcm(samples: Tensor, bits: int = 16, *, dither: bool = True, seed: int = 0) -> Tensor:
     """Samples (channels, frames) float32 in [-1, 1] to integers (frames, channels), on the samples' device.
 
-    int16 for 16 bits, int32 holding -2^23 ... 2^23 - 1 for 24 bits. Values beyond [-1, 1] are clamped. Raises InvalidInput for
-    another dtype, shape, number of bits or a seed out of range.
+    int16 for 16 bits, int32 holding -2^23 ... 2^23 - 1 for 24 bits. Values beyond [-1, 1] are clamped. Raises
+    InvalidInput for another dtype, shape, number of bits or a seed out of range.
     """
     if samples.ndim != 2 or samples.dtype != torch.float32:
         raise InvalidInput(f"samples must be float32 (channels, frames), got {samples.dtype} {tuple(samples.shape)}")
