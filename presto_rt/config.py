@@ -21,8 +21,8 @@ class ModelConfig:
     """
 
     name: str = "nano"
-    width: int = 320
-    blocks: int = 10
+    width: int = 384
+    blocks: int = 8
     head_dim: int = 64
     mlp_ratio: int = 4
     latent_channels: int = 64
