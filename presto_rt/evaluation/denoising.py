@@ -1,0 +1,199 @@
+r"""Denoising error by noise level, beside the best linear denoiser.
+
+A denoiser D(x + s n; s) that has learned nothing but second-order statistics is a Wiener filter. Beating it is the first sign
+that a diffusion model learned music, and the error needs neither sampling nor a codec.
+
+**The linear denoiser.** Latents are taken as a stationary process with mean m and autocovariance R(k) = E[(x_t - m)(x_{t+k} - m)^T], a
+(C, C) matrix per lag. A window of L frames, stacked, has the block-Toeplitz covariance S with blocks S_{ij} = R(j - i). Given
+y = x + s n, the linear estimate with the least squared error is m + S (S + s^2 I)^{-1} (y - m). With S = U diag(l) U^T that is
+U diag(l / (l + s^2)) U^T: one eigendecomposition serves every noise level. Each frame is estimated from the window around it
+(at a crop's ends, from the first or last window), so only C of the L C rows are needed for all but the outermost frames: an
+L-tap matrix filter.
+
+**Units.** `sigma` here is relative to the latents' standard deviation unless said otherwise: the noise added is sigma * sigma_data,
+0.5 for this project's codec. Errors are mean squared errors over sigma_data^2. Both are then comparable between codecs of any scale;
+predicting the mean gives about 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from presto_rt.errors import InvalidInput
+
+SIGMAS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
+WINDOW = 32
+
+#: (noisy crops (B, T, C), noise levels (B,) in the latents' own unit, indices of the crops) -> clean crops (B, T, C)
+Denoiser = Callable[[Tensor, Tensor, list[int]], Tensor]
+
+
+def autocovariance(latents: Sequence[np.ndarray], lags: int) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and autocovariance (lags, C, C) over recordings (T_i, C): R[k] = E[(x_t - m)(x_{t+k} - m)^T], k >= 0."""
+    total = sum(len(x) for x in latents)
+    if total < lags * 4:
+        raise InvalidInput(f"{total} latent frames are too few to fit a {lags}-frame linear denoiser")
+    mean = torch.from_numpy(sum(np.asarray(x, dtype=np.float64).sum(0) for x in latents) / total)
+    sums = torch.zeros(lags, len(mean), len(mean), dtype=torch.float64)
+    pairs = torch.zeros(lags, dtype=torch.float64)
+    for recording in latents:
+        x = torch.from_numpy(np.asarray(recording, dtype=np.float32)) - mean.float()
+        for k in range(min(lags, len(x))):
+            sums[k] += (x[: len(x) - k].T @ x[k:]).double()
+            pairs[k] += len(x) - k
+    return mean, sums / pairs.clamp_min(1)[:, None, None]
+
+
+class LinearDenoiser:
+    """The Wiener filter of `window` frames for latents with the given statistics. float32; noise levels in the latents' own unit."""
+
+    def __init__(self, mean: Tensor, autocov: Tensor) -> None:
+        self.window, channels = autocov.shape[0], autocov.shape[1]
+        self.mean = mean.float()
+        rows = []
+        for i in range(self.window):  # S_ij = R(j - i), and R(-k) = R(k)^T
+            rows.append(torch.cat([autocov[j - i] if j >= i else autocov[i - j].T for j in range(self.window)], 1))
+        covariance = torch.cat(rows, 0).float()
+        values, self.vectors = torch.linalg.eigh(covariance)
+        self.values = values.clamp_min(0)  # an estimate from finite data may have slightly negative ones
+        self.channels = channels
+
+    @classmethod
+    def fit(cls, latents: Sequence[np.ndarray], window: int = WINDOW) -> LinearDenoiser:
+        """Fit on training recordings, each (T_i, C)."""
+        return cls(*autocovariance(latents, window))
+
+    def _rows(self, sigma: float, first: int, count: int) -> Tensor:
+        """The filter's rows for frames first..first+count-1 of a window: (count C, window C)."""
+        part = self.vectors[first * self.channels : (first + count) * self.channels]
+        return (part * (self.values / (self.values + sigma**2))) @ self.vectors.T
+
+    def __call__(self, noisy: Tensor, sigma: float) -> Tensor:
+        """(B, T, C) with noise of level `sigma` -> estimate (B, T, C). T must be at least the window."""
+        batch, frames, channels = noisy.shape
+        if frames < self.window or channels != self.channels:
+            raise InvalidInput(f"this linear denoiser needs crops of >= {self.window} frames and {self.channels} channels, got {tuple(noisy.shape)}")
+        x = noisy - self.mean
+        half = self.window // 2
+        head = x[:, : self.window].reshape(batch, -1) @ self._rows(sigma, 0, half).T
+        tail_count = self.window - half - 1
+        tail = x[:, -self.window :].reshape(batch, -1) @ self._rows(sigma, half + 1, tail_count).T
+        spans = x.unfold(1, self.window, 1).transpose(2, 3)  # (B, T - window + 1, window, C), a view
+        middle = spans.reshape(-1, self.window * channels) @ self._rows(sigma, half, 1).T
+        parts = (head.view(batch, half, channels), middle.view(batch, -1, channels), tail.view(batch, tail_count, channels))
+        return torch.cat(parts, 1) + self.mean
+
+
+@dataclass(frozen=True)
+class ErrorRow:
+    """One noise level: errors are MSE / sigma_data^2; `sigma` is relative to sigma_data, `sigma_absolute` is what was added."""
+
+    sigma: float
+    sigma_absolute: float
+    linear: float
+    model: float | None
+    model_low: float | None = None
+    model_high: float | None = None
+
+
+def crops(recordings: Sequence[np.ndarray], frames: int, count: int, seed: int = 0) -> tuple[Tensor, list[tuple[int, int]]]:
+    """`count` random crops (count, frames, C) float32 of recordings (T_i, C), and for each (recording, first frame)."""
+    usable = [i for i, x in enumerate(recordings) if len(x) >= frames]
+    if not usable:
+        raise InvalidInput(f"no recording has {frames} latent frames; ask for shorter crops")
+    rng = np.random.default_rng(seed)
+    places = []
+    for n in range(count):
+        i = usable[n % len(usable)]
+        places.append((i, int(rng.integers(0, len(recordings[i]) - frames + 1))))
+    return torch.from_numpy(np.stack([recordings[i][s : s + frames] for i, s in places]).astype(np.float32)), places
+
+
+@torch.inference_mode()
+def denoising_errors(
+    clean: Tensor,
+    linear: LinearDenoiser,
+    denoiser: Denoiser | None = None,
+    *,
+    sigmas: Sequence[float] = SIGMAS,
+    sigma_data: float = 0.5,
+    relative: bool = True,
+    batch: int = 16,
+    seed: int = 0,
+) -> list[ErrorRow]:
+    """Errors on held-out crops (N, T, C) at each noise level; model and linear denoiser see the same noise.
+
+    `relative`: sigmas are multiples of sigma_data (the prototype's table, whose latents have std 1); otherwise the latents' own unit.
+    The model's 95 % interval is over crops.
+    """
+    from presto_rt.evaluation.statistics import mean
+    from presto_rt.noise import normal
+
+    rows = []
+    for level, sigma in enumerate(sigmas):
+        absolute = sigma * sigma_data if relative else sigma
+        noise = normal(seed, tuple(clean.shape), stream=level)
+        noisy = clean + absolute * noise
+        linear_errors = (linear(noisy, absolute) - clean).square().mean((1, 2)) / sigma_data**2
+        estimate = None
+        if denoiser is not None:
+            errors = []
+            for start in range(0, len(clean), batch):
+                chosen = list(range(start, min(start + batch, len(clean))))
+                result = denoiser(noisy[chosen], torch.full((len(chosen),), absolute), chosen)
+                errors.append((result - clean[chosen]).square().mean((1, 2)) / sigma_data**2)
+            estimate = mean(torch.cat(errors).numpy())
+        rows.append(
+            ErrorRow(
+                absolute / sigma_data,
+                absolute,
+                float(linear_errors.mean()),
+                estimate.value if estimate else None,
+                estimate.low if estimate else None,
+                estimate.high if estimate else None,
+            )
+        )
+    return rows
+
+
+def table(rows: Sequence[ErrorRow]) -> str:
+    """Markdown: one column per noise level."""
+
+    def line(name: str, cells: Sequence[str]) -> str:
+        return f"| {name} | " + " | ".join(cells) + " |"
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
+
+    lines = [
+        line("sigma / sigma_data", [f"{r.sigma:g}" for r in rows]),
+        line("---", ["---"] * len(rows)),
+        line("sigma added", [f"{r.sigma_absolute:g}" for r in rows]),
+        line(f"linear, {WINDOW} frames", [number(r.linear) for r in rows]),
+    ]
+    if any(r.model is not None for r in rows):
+        lines.append(line("model", [number(r.model) for r in rows]))
+        lines.append(line("model / linear", [number(r.model / r.linear if r.model is not None else None) for r in rows]))
+    return "\n".join(lines)
+
+
+def load_latents(folder: str | Path, split: str | None = None) -> list[np.ndarray]:
+    """Recordings (T_i, C) below `folder` (memory-mapped .npy files), of a split when an index.json there names splits."""
+    import json
+
+    folder = Path(folder)
+    index = folder / "index.json"
+    files = sorted(folder.glob("*.npy"))
+    if split is not None and index.is_file():
+        record = json.loads(index.read_text())
+        entries = record["items"] if isinstance(record, dict) else record
+        files = [folder / e["file"] for e in entries if e.get("split") == split]
+    if not files:
+        raise InvalidInput(f"no latents of split {split!r} in {folder}; encode the data set first")
+    return [np.load(file, mmap_mode="r") for file in files]
