@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_testing import DTYPES, assert_no_worse, assert_written_once, interpreted_only, poisoned, strided
+
+from presto_rt.errors import InvalidInput
+from presto_rt.kernels import qk_norm_rope as op
+from presto_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference, rotary_table
+
+
+def plain(qkv, heads, angles, norm, pairs, weights):
+    """Eager torch in the dtype of qkv, rotation by complex numbers: another route to the same result."""
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    results = []
+    parts = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    for part, weight in zip(parts[:2], weights, strict=True):
+        dim, half = part.shape[-1], angles.shape[-1]
+        if norm == "rms":
+            part = F.rms_norm(part, (dim,), weight.to(qkv.dtype), eps=1e-6)
+        elif norm == "layer":
+            part = F.layer_norm(part, (dim,), weight.to(qkv.dtype), eps=1e-6)
+        else:
+            part = part * weight.to(qkv.dtype)
+        turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex128 if wide == torch.float64 else torch.complex64)
+        rotary = part[..., : 2 * half].to(wide)
+        rotary = rotary.unflatten(-1, (2, half)).transpose(-1, -2) if pairs == "halves" else rotary.unflatten(-1, (half, 2))
+        rotary = torch.view_as_real(torch.view_as_complex(rotary.contiguous()) * turn)
+        rotary = rotary.transpose(-1, -2).flatten(-2) if pairs == "halves" else rotary.flatten(-2)
+        results.append(torch.cat([rotary.to(qkv.dtype), part[..., 2 * half :]], -1))
+    return results
+
+
+# batch, tokens, heads, head dim, rotary dims
+CASES = [
+    ((2, 17, 3, 64, 64), "rms", "halves", torch.float32),
+    ((2, 17, 3, 64, 64), "rms", "halves", torch.float16),
+    ((2, 17, 3, 64, 64), "rms", "halves", torch.bfloat16),
+    ((1, 113, 2, 96, 96), "layer", "interleaved", torch.float32),
+    ((1, 113, 2, 96, 48), "layer", "halves", torch.float16),
+    ((4, 1, 1, 128, 32), "none", "interleaved", torch.bfloat16),
+    ((1, 345, 2, 128, 128), "rms", "interleaved", torch.float16),
+    ((1, 689, 5, 64, 64), "rms", "halves", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("shape", "norm", "pairs", "dtype"), CASES)
+def test_against_fp64(device, shape, norm, pairs, dtype):
+    batch, tokens, heads, dim, turned = shape
+    qkv = strided(torch.randn(batch, tokens, 3 * heads * dim, device=device).to(dtype) + 0.5)
+    weights = [torch.rand(dim, device=device) + 0.5 for _ in range(2)]
+    cos, sin = rotary_table(tokens, turned, device=device)
+    q, k = (poisoned(batch, heads, tokens, dim, dtype=dtype, device=device) for _ in range(2))
+    _, _, v = qk_norm_rope(
+        qkv, heads, cos, sin, q_weight=weights[0], k_weight=weights[1], norm=norm, pairs=pairs, q_out=q, k_out=k, backend="triton"
+    )  # fmt: skip
+    frequencies = 10_000.0 ** (-torch.arange(0, turned, 2, dtype=torch.float64, device=device) / turned)
+    angles = torch.arange(tokens, dtype=torch.float64, device=device)[:, None] * frequencies
+    truths = plain(qkv.double(), heads, angles, norm, pairs, weights)
+    eagers = plain(qkv, heads, angles, norm, pairs, weights)
+    for ours, eager, truth in zip((q, k), eagers, truths, strict=True):
+        assert_no_worse(ours, eager, truth)
+    assert torch.equal(v, qkv.unflatten(-1, (3, heads, dim))[:, :, 2].transpose(1, 2))
+    assert v.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+
+
+def test_positions_far_out_keep_their_phase(device):
+    """One turn of the fastest pair at position 100 000: fp32 angles made from fp32 positions would already be off by 1e-3."""
+    cos, sin = rotary_table(2, 64, start=100_000, device=device)
+    assert abs(float(cos[0, 0]) - -0.9993608) < 1e-6
+    assert abs(float(sin[0, 0]) - 0.0357488) < 1e-6
+
+
+@interpreted_only
+@pytest.mark.parametrize("turned", [64, 40])
+def test_every_element_is_written_once(turned):
+    qkv = torch.randn(2, 19, 3 * 2 * 64)
+    cos, sin = rotary_table(19, turned)
+    q, k = torch.empty(2, 2, 19, 64), torch.empty(2, 19, 2, 64).transpose(1, 2)
+    assert_written_once(lambda: qk_norm_rope(qkv, 2, cos, sin, q_out=q, k_out=k, backend="triton"), q, k)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    batch=st.integers(1, 2), tokens=st.integers(1, 40), heads=st.integers(1, 3), half=st.integers(1, 20),
+    rest=st.integers(0, 20), norm=st.sampled_from(op.NORMS), pairs=st.sampled_from(op.PAIRS),
+)  # fmt: skip
+def test_any_shape(batch, tokens, heads, half, rest, norm, pairs):
+    if not op.runtime.interpreting:
+        pytest.skip("random shapes would compile one kernel each")
+    dim = 2 * half + rest
+    qkv = torch.randn(batch, tokens, 3 * heads * dim)
+    cos, sin = rotary_table(tokens, 2 * half)
+    arguments = {"norm": norm, "pairs": pairs, "q_weight": torch.rand(dim), "eps": 1e-3}
+    ours = qk_norm_rope(qkv, heads, cos, sin, backend="triton", **arguments)
+    torch.testing.assert_close(ours, qk_norm_rope_reference(qkv, heads, cos, sin, **arguments), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 5}, "do not divide"),
+        ({"qkv": torch.randn(1, 4, 96, dtype=torch.float64)}, "dtype float64"),
+        ({"qkv": torch.randn(1, 96, 4).transpose(1, 2)}, "not contiguous"),
+        ({"qkv": torch.randn(1, 0, 96)}, "qkv is empty"),
+        ({"cos": torch.randn(4, 9)}, "cos turns 18 dims, a head has 16"),
+        ({"cos": torch.randn(3, 8)}, "cos has shape .3, 8., expected .4, 8."),
+        ({"sin": torch.randn(4, 8).half()}, "sin has dtype float16"),
+        ({"norm": "batch"}, "use 'rms', 'layer' or 'none'"),
+        ({"pairs": "thirds"}, "use 'halves' or 'interleaved'"),
+        ({"q_weight": torch.randn(8)}, "q_weight has shape"),
+        ({"q_out": torch.empty(1, 4, 2, 16)}, "q_out has shape"),
+    ],
+)
+def test_bad_input(change, message):
+    cos, sin = rotary_table(4, 16)
+    with pytest.raises(InvalidInput, match=message):
+        qk_norm_rope(**({"qkv": torch.randn(1, 4, 96), "heads": 2, "cos": cos, "sin": sin} | change))
