@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from presto_rt.config import SAMPLE_RATE
 from presto_rt.errors import InvalidInput, OutputError
 from presto_rt.noise import check_seed
 from presto_rt.pcm import to_pcm
 from presto_rt.resample import resample
-
-SAMPLE_RATE = 44100
 
 # What each kind of file can hold, the default first. Ogg Vorbis is lossy and has no sample format.
 SUBTYPES: dict[str, tuple[str | None, ...]] = {
@@ -57,7 +56,7 @@ class Audio:
             raise InvalidInput(f"samples must be floating point in [-1, 1], got {samples.dtype}")
         if samples.ndim != 2 or samples.shape[0] not in (1, 2) or samples.shape[1] < 1:
             raise InvalidInput(f"samples must have the shape (1 or 2 channels, frames), got {samples.shape}")
-        rate = self.sample_rate
+        rate: object = self.sample_rate
         if isinstance(rate, bool) or not isinstance(rate, Integral) or not 1 <= rate <= 384_000:
             raise InvalidInput(f"sample_rate must be an integer from 1 to 384000 Hz, got {rate!r}")
         if self.seed is not None:

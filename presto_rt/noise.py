@@ -30,7 +30,7 @@ of the radius and word `y` of the angle:
     elements  r * c,  r * d
 
 In Triton this means `tl.div_rn`, `tl.sqrt_rn`, and `enable_fp_fusion=False` at launch. Against the exact formula in
-fp64 the error is below 1e-6; the largest magnitude that can come out is sqrt(66 ln 2) = 6.76.
+fp64, from the same u, the error is below 1e-6; the largest magnitude that can come out is sqrt(66 ln 2) = 6.76.
 """
 
 from __future__ import annotations
