@@ -1,0 +1,221 @@
+"""The codec: 44.1 kHz stereo <-> 64 numbers at 21.53 Hz, a variational autoencoder on spectral magnitudes.
+
+Both sides are a linear map, started from a weighted principal component analysis of the training features, plus a residual network
+whose last layer starts at zero. All layers work at frame rate (21.5 and 86 Hz) and are matrix products over frames; nothing runs at
+sample rate except FFTs. Phase is not coded: see codec_features.
+
+`Codec.encode` and `Codec.decode` are the whole interface. A better decoder may replace this one as long as the encoder is frozen;
+a new encoder means new latents, and a new diffusion model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from presto_rt.errors import InvalidInput
+from presto_rt.models.codec_features import FRAME_HOP, FRAMES_PER_LATENT, LATENT_HOP, SAMPLE_RATE, SpectralFrames
+
+SIGMA_DATA = 0.5
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Sizes of the codec. Widths count channels, blocks count residual blocks."""
+
+    latent_channels: int = 64
+    break_hz: float = 2500.0
+    encoder_width: int = 640
+    encoder_blocks: int = 4
+    decoder_width: int = 640
+    decoder_blocks: int = 2
+    frame_width: int = 384
+    frame_blocks: int = 4
+    griffin_lim: int = 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict, for config.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CodecConfig:
+        """From a dict; raises InvalidInput on unknown names."""
+        known = {f.name for f in fields(cls)}
+        if unknown := set(values) - known:
+            raise InvalidInput(f"unknown codec settings {sorted(unknown)}: known are {sorted(known)}")
+        return cls(**values)
+
+
+class Block(nn.Module):
+    """Residual block on (B, T, width): depthwise convolution over time (5 frames), layer norm, two-layer perceptron."""
+
+    kernel = 5
+
+    def __init__(self, width: int, expansion: int = 3) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.zeros(self.kernel, width))
+        nn.init.ones_(self.mix[self.kernel // 2 : self.kernel // 2 + 1])
+        nn.init.trunc_normal_(self.mix[: self.kernel // 2], std=0.1)
+        nn.init.trunc_normal_(self.mix[self.kernel // 2 + 1 :], std=0.1)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, expansion * width)
+        self.down = nn.Linear(expansion * width, width)
+        nn.init.normal_(self.down.weight, std=0.2 * (expansion * width) ** -0.5)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Shifted multiply-adds: on a CPU a depthwise convolution in this layout is several times slower.
+        count, half = x.shape[1], self.kernel // 2
+        padded = F.pad(x, (0, 0, half, half))
+        mixed = padded[:, :count] * self.mix[0]
+        for k in range(1, self.kernel):
+            mixed = mixed + padded[:, k : k + count] * self.mix[k]
+        return x + self.down(F.silu(self.up(self.norm(mixed))))
+
+
+def _zero(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Encoder(nn.Module):
+    """Normalised log-magnitudes (B, 4 T, 2, bands) -> mean and log-variance of the latents, (B, T, C) each."""
+
+    def __init__(self, config: CodecConfig, bands: int) -> None:
+        super().__init__()
+        size = FRAMES_PER_LATENT * 2 * bands
+        self.linear = nn.Linear(size, config.latent_channels)
+        self.stem = nn.Linear(size, config.encoder_width)
+        self.blocks = nn.Sequential(*(Block(config.encoder_width) for _ in range(config.encoder_blocks)))
+        self.norm = nn.LayerNorm(config.encoder_width)
+        self.head = _zero(nn.Linear(config.encoder_width, 2 * config.latent_channels))
+        nn.init.constant_(self.head.bias[config.latent_channels :], -4.0)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.reshape(x.shape[0], -1, FRAMES_PER_LATENT * x.shape[2] * x.shape[3])
+        mean, log_variance = self.head(self.norm(self.blocks(self.stem(x)))).float().chunk(2, -1)
+        return self.linear(x).float() + mean, log_variance.clamp(-12.0, 4.0)
+
+
+class Decoder(nn.Module):
+    """Latents (B, T, C), standard scale -> normalised log-magnitudes of mid and side and raw cosine, (B, 4 T, 3, bands)."""
+
+    def __init__(self, config: CodecConfig, bands: int) -> None:
+        super().__init__()
+        self.bands = bands
+        self.frame_width = config.frame_width
+        self.linear = nn.Linear(config.latent_channels, FRAMES_PER_LATENT * 3 * bands)
+        self.stem = nn.Linear(config.latent_channels, config.decoder_width)
+        self.blocks = nn.Sequential(*(Block(config.decoder_width) for _ in range(config.decoder_blocks)))
+        self.split = nn.Linear(config.decoder_width, FRAMES_PER_LATENT * config.frame_width)
+        self.frame_blocks = nn.Sequential(*(Block(config.frame_width) for _ in range(config.frame_blocks)))
+        self.norm = nn.LayerNorm(config.frame_width)
+        self.head = _zero(nn.Linear(config.frame_width, 3 * bands))
+
+    def forward(self, z: Tensor) -> Tensor:
+        count = z.shape[1] * FRAMES_PER_LATENT
+        x = self.split(self.blocks(self.stem(z)))
+        x = self.norm(self.frame_blocks(x.view(z.shape[0], count, self.frame_width)))
+        return (self.linear(z).view(z.shape[0], count, -1).float() + self.head(x).float()).unflatten(-1, (3, self.bands))
+
+
+class Codec(nn.Module):
+    """Stereo samples <-> latents. Buffers hold the features' mean per band and the latents' mean and scale."""
+
+    feature_mean: Tensor
+    latent_mean: Tensor
+    latent_scale: Tensor
+
+    def __init__(self, config: CodecConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or CodecConfig()
+        self.frames = SpectralFrames(self.config.break_hz)
+        bands = self.frames.bands
+        self.encoder = Encoder(self.config, bands)
+        self.decoder = Decoder(self.config, bands)
+        self.register_buffer("feature_mean", torch.full((2, bands), -8.0))
+        self.register_buffer("latent_mean", torch.zeros(self.config.latent_channels))
+        self.register_buffer("latent_scale", torch.full((self.config.latent_channels,), SIGMA_DATA))
+
+    feature_scale = 0.5  # log-magnitudes in nats spread by about 2
+
+    def normalise(self, features: Tensor) -> Tensor:
+        """Log-magnitudes (B, F, 2, bands) -> about zero mean and unit spread."""
+        return (features - self.feature_mean) * self.feature_scale
+
+    def denormalise(self, output: Tensor) -> Tensor:
+        """Decoder output -> features with the cosine limited to (-1, 1)."""
+        logs = output[:, :, :2] / self.feature_scale + self.feature_mean
+        return torch.cat([logs, torch.tanh(output[:, :, 2:])], 2)
+
+    def _device(self) -> torch.device:
+        return self.latent_mean.device
+
+    @torch.inference_mode()
+    def encode(self, samples: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+        """Samples (B, 2 or 1, N) or (2 or 1, N), float in [-1, 1] at 44.1 kHz -> latents (B, ceil(N / 2048), C) float32, std about 0.5.
+
+        Mono is doubled; the end is padded with silence. Deterministic: the posterior's mean, unless `sample` asks for a draw.
+        Raises InvalidInput on other shapes, no samples, or values that are not finite.
+        """
+        if samples.ndim == 2:
+            samples = samples[None]
+        if samples.ndim != 3 or samples.shape[1] not in (1, 2) or samples.shape[2] == 0:
+            raise InvalidInput(f"samples must have the shape (batch, 1 or 2, frames), got {tuple(samples.shape)}")
+        samples = samples.to(self._device(), torch.float32)
+        if not torch.isfinite(samples).all():
+            raise InvalidInput("samples hold NaN or infinity: check the audio before encoding")
+        samples = F.pad(samples.expand(-1, 2, -1), (0, -samples.shape[2] % LATENT_HOP))
+        mean, log_variance = self.encoder(self.normalise(self.frames.features(samples)))
+        if sample:
+            noise = torch.randn(mean.shape, generator=generator, device=generator.device if generator else None)
+            mean = mean + torch.exp(0.5 * log_variance) * noise.to(mean)
+        return (mean - self.latent_mean) * self.latent_scale
+
+    def decode_features(self, latents: Tensor) -> Tensor:
+        """Latents (B, T, C) at std 0.5 -> log-magnitudes of mid and side and their cosine, (B, 4 T, 3, bands). Network only."""
+        return self.denormalise(self.decoder(latents / self.latent_scale + self.latent_mean))
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, frames: int | None = None, griffin_lim: int | None = None) -> Tensor:
+        """Latents (B, T, C) or (T, C) at std 0.5 -> stereo samples (B, 2, frames), T * 2048 by default, in [-1, 1].
+
+        `griffin_lim` fast iterations refine the phase (None: the config's number). Raises InvalidInput on other shapes, on values
+        that are not finite, or when `frames` is more than the latents hold.
+        """
+        if latents.ndim == 2:
+            latents = latents[None]
+        if latents.ndim != 3 or latents.shape[2] != self.config.latent_channels or latents.shape[1] == 0:
+            raise InvalidInput(f"latents must have the shape (batch, time, {self.config.latent_channels}), got {tuple(latents.shape)}")
+        most = latents.shape[1] * LATENT_HOP
+        frames = most if frames is None else frames
+        if not 0 < frames <= most:
+            raise InvalidInput(f"frames must be in 1 .. {most} for {latents.shape[1]} latent frames, got {frames}")
+        iterations = self.config.griffin_lim if griffin_lim is None else griffin_lim
+        if iterations < 0:
+            raise InvalidInput(f"griffin_lim must be 0 or more, got {iterations}")
+        latents = latents.to(self._device(), torch.float32)
+        if not torch.isfinite(latents).all():
+            raise InvalidInput("latents hold NaN or infinity: the sampler diverged")
+        samples = self.frames.synthesise(self.decode_features(latents), iterations)
+        return samples[..., :frames].clamp(-1.0, 1.0)
+
+    def freeze_encoder(self) -> None:
+        """Stop all gradients of the encoder, so that training the decoder on keeps the latents as they are."""
+        self.encoder.requires_grad_(False)
+
+    @property
+    def latent_rate(self) -> float:
+        """Latent frames per second."""
+        return SAMPLE_RATE / LATENT_HOP
+
+    @property
+    def frame_rate(self) -> float:
+        """Spectral frames per second."""
+        return SAMPLE_RATE / FRAME_HOP
