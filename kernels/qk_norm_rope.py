@@ -1,12 +1,13 @@
-"""Normalisation of queries and keys, rotary positions, and the layout that attention wants, in one pass over packed QKV.
+"""Normalisation of queries and keys, rotary positions, and the layout that attention wants, in one pass over packed
+QKV.
 
-    n(u)   = u / sqrt(mean u^2 + eps) * weight                  norm="rms"; "layer" takes the mean off first; "none": n(u) = u
-    y[a_i] = n[a_i] cos(t f_i) - n[b_i] sin(t f_i)              (Su et al. 2021, "RoFormer"; QK-norm: Henry et al. 2020)
-    y[b_i] = n[b_i] cos(t f_i) + n[a_i] sin(t f_i)              f_i = theta^(-2i / rotary_dims)
+    n(u)   = u / sqrt(mean u^2 + eps) * weight                  norm="rms"; "layer" takes the mean off first; "none":
+    n(u) = u y[a_i] = n[a_i] cos(t f_i) - n[b_i] sin(t f_i)              (Su et al. 2021, "RoFormer"; QK-norm: Henry
+    et al. 2020) y[b_i] = n[b_i] cos(t f_i) + n[a_i] sin(t f_i)              f_i = theta^(-2i / rotary_dims)
 
 over the first `rotary_dims` of each head; the rest passes through. pairs="halves": (a_i, b_i) = (i, i + rotary_dims/2);
-"interleaved": (2i, 2i + 1). Angles are made in fp64 on the host and stored as fp32 cos and sin: bf16 positions drift over
-long clips. Values need no change, so V is a view of the input: it is not moved.
+"interleaved": (2i, 2i + 1). Angles are made in fp64 on the host and stored as fp32 cos and sin: bf16 positions drift
+over long clips. Values need no change, so V is a view of the input: it is not moved.
 
 Who writes what: program (i, h, b) writes tokens i*BLOCK_T ... of head h of batch element b, in q_out and in k_out.
 """
@@ -134,8 +135,8 @@ def qk_norm_rope(
     """q, k, v of attention, each (B, heads, T, head_dim), from one packed projection.
 
     qkv (B, T, 3 * heads * head_dim), any strides over B and T. cos, sin (T, rotary_dims / 2) fp32 from `rotary_table`;
-    rotary_dims <= head_dim. q_weight, k_weight (head_dim,). q and k are new (or q_out, k_out, last dimension contiguous), v is a
-    view of qkv. Raises InvalidInput for shapes, dtypes or names that do not fit.
+    rotary_dims <= head_dim. q_weight, k_weight (head_dim,). q and k are new (or q_out, k_out, last dimension
+    contiguous), v is a view of qkv. Raises InvalidInput for shapes, dtypes or names that do not fit.
     """
     check_tensor("qkv", qkv, 3)
     batch, tokens, packed = qkv.shape
@@ -173,7 +174,8 @@ def qk_norm_rope(
         qk_norm_rope_kernel, (runtime.ceil_div(tokens, block_t), heads, batch),
         split, q, k, cos, sin, q_weight, k_weight,
         tokens, *split.stride()[:4], *q.stride()[:3], *k.stride()[:3], cos.stride(0), eps,
-        DIM=dim, PAIRS=half, BLOCK_P=runtime.next_power_of_2(half), BLOCK_R=runtime.next_power_of_2(max(1, dim - 2 * half)),
+        DIM=dim, PAIRS=half, BLOCK_P=runtime.next_power_of_2(half), BLOCK_R=runtime.next_power_of_2(max(1, dim - 2 *
+        half)),
         BLOCK_T=block_t, STEP=1 if pairs == "halves" else 2, GAP=half if pairs == "halves" else 1,
         NORMED=norm != "none", CENTRED=norm == "layer",
     )  # fmt: skip
@@ -195,4 +197,7 @@ def shipped(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
         angles = torch.empty(689, turned // 2, device="meta")
         weight = torch.empty(dim, device="meta")
         name = f"{heads}x{dim} {norm} {pairs} {turned}"
-        yield name, partial(qk_norm_rope, qkv, heads, angles, angles, q_weight=weight, k_weight=weight, norm=norm, pairs=pairs)
+        yield (
+            name,
+            partial(qk_norm_rope, qkv, heads, angles, angles, q_weight=weight, k_weight=weight, norm=norm, pairs=pairs),
+        )

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_testing import DTYPES, assert_no_worse, assert_written_once, interpreted_only, poisoned, strided
-
-from presto_rt.errors import InvalidInput
+from kernel_testing import assert_no_worse, assert_written_once, interpreted_only, poisoned, strided
 from presto_rt.kernels import qk_norm_rope as op
 from presto_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference, rotary_table
+
+from presto_rt.errors import InvalidInput
 
 
 def plain(qkv, heads, angles, norm, pairs, weights):
@@ -25,9 +25,13 @@ def plain(qkv, heads, angles, norm, pairs, weights):
             part = F.layer_norm(part, (dim,), weight.to(qkv.dtype), eps=1e-6)
         else:
             part = part * weight.to(qkv.dtype)
-        turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex128 if wide == torch.float64 else torch.complex64)
+        turn = torch.polar(torch.ones_like(angles), angles).to(
+            torch.complex128 if wide == torch.float64 else torch.complex64
+        )
         rotary = part[..., : 2 * half].to(wide)
-        rotary = rotary.unflatten(-1, (2, half)).transpose(-1, -2) if pairs == "halves" else rotary.unflatten(-1, (half, 2))
+        rotary = (
+            rotary.unflatten(-1, (2, half)).transpose(-1, -2) if pairs == "halves" else rotary.unflatten(-1, (half, 2))
+        )
         rotary = torch.view_as_real(torch.view_as_complex(rotary.contiguous()) * turn)
         rotary = rotary.transpose(-1, -2).flatten(-2) if pairs == "halves" else rotary.flatten(-2)
         results.append(torch.cat([rotary.to(qkv.dtype), part[..., 2 * half :]], -1))
@@ -54,9 +58,8 @@ def test_against_fp64(device, shape, norm, pairs, dtype):
     weights = [torch.rand(dim, device=device) + 0.5 for _ in range(2)]
     cos, sin = rotary_table(tokens, turned, device=device)
     q, k = (poisoned(batch, heads, tokens, dim, dtype=dtype, device=device) for _ in range(2))
-    _, _, v = qk_norm_rope(
-        qkv, heads, cos, sin, q_weight=weights[0], k_weight=weights[1], norm=norm, pairs=pairs, q_out=q, k_out=k, backend="triton"
-    )  # fmt: skip
+    chosen = {"norm": norm, "pairs": pairs, "q_out": q, "k_out": k, "backend": "triton"}
+    _, _, v = qk_norm_rope(qkv, heads, cos, sin, q_weight=weights[0], k_weight=weights[1], **chosen)
     frequencies = 10_000.0 ** (-torch.arange(0, turned, 2, dtype=torch.float64, device=device) / turned)
     angles = torch.arange(tokens, dtype=torch.float64, device=device)[:, None] * frequencies
     truths = plain(qkv.double(), heads, angles, norm, pairs, weights)
@@ -68,7 +71,9 @@ def test_against_fp64(device, shape, norm, pairs, dtype):
 
 
 def test_positions_far_out_keep_their_phase(device):
-    """One turn of the fastest pair at position 100 000: fp32 angles made from fp32 positions would already be off by 1e-3."""
+    """One turn of the fastest pair at position 100 000: fp32 angles made from fp32 positions would already be off
+    by 1e-3.
+    """
     cos, sin = rotary_table(2, 64, start=100_000, device=device)
     assert abs(float(cos[0, 0]) - -0.9993608) < 1e-6
     assert abs(float(sin[0, 0]) - 0.0357488) < 1e-6
