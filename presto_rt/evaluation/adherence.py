@@ -1,8 +1,9 @@
-"""Agreement with what a caption asks for: instruments, tempo, key. Every measure has a control with shuffled captions.
+"""Agreement with what a caption asks for: instruments, tempo, key. Every measure has a control with shuffled
+captions.
 
-A clip's record (`meta`) holds its `prompt` and what is true of the piece it was written for: `instruments`, `bpm`, `key`, `mode`.
-Only what the prompt says counts as asked; an instrument that the piece has but the prompt does not name is neither asked for nor
-absent, so the clip is left out of that instrument's comparison.
+A clip's record (`meta`) holds its `prompt` and what is true of the piece it was written for: `instruments`, `bpm`,
+`key`, `mode`. Only what the prompt says counts as asked; an instrument that the piece has but the prompt does not
+name is neither asked for nor absent, so the clip is left out of that instrument's comparison.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ Meta = dict[str, Any]
 
 @dataclass(frozen=True)
 class Instrument:
-    """Which tagger's tags speak for an instrument, which names ask for it, which are too alike to count as its absence."""
+    """Which tagger's tags speak for an instrument, which names ask for it, which are too alike to count as its
+    absence.
+    """
 
     tags: tuple[str, ...]
     names: tuple[str, ...]
@@ -86,17 +89,19 @@ def asked_key(meta: Meta) -> tuple[int, str] | None:
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
     """Probability that a positive scores above a negative, ties counting half (Mann-Whitney)."""
     both = np.concatenate([positive, negative])
-    values, inverse, counts = np.unique(both, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(both, return_inverse=True, return_counts=True)
     rank = np.cumsum(counts) - (counts - 1) / 2.0
     ranks = rank[inverse][: len(positive)]
     return float((ranks.sum() - len(positive) * (len(positive) + 1) / 2) / (len(positive) * len(negative)))
 
 
 def instrument_auc(scores: np.ndarray, tags: Sequence[str], meta: Sequence[Meta], rounds: int = 500) -> dict[str, Any]:
-    """Mean over instruments of the AUC of the instrument's tag: clips whose prompt asks for it against clips without it.
+    """Mean over instruments of the AUC of the instrument's tag: clips whose prompt asks for it against clips without
+    it.
 
-    scores: (clips, tags) tag probabilities; meta: one record per clip. Instruments with fewer than 5 clips on either side are left
-    out. Returns {"mean": Estimate, "per_instrument": {name: Estimate}}; the intervals bootstrap clips within each side.
+    scores: (clips, tags) tag probabilities; meta: one record per clip. Instruments with fewer than 5 clips on either
+    side are left out. Returns {"mean": Estimate, "per_instrument": {name: Estimate}}; the intervals bootstrap clips
+    within each side.
     """
     groups: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     asked = [asked_instruments(m) for m in meta]
@@ -114,7 +119,8 @@ def instrument_auc(scores: np.ndarray, tags: Sequence[str], meta: Sequence[Meta]
         return {"mean": mean(np.array([])), "per_instrument": {}}
     rng = np.random.default_rng(0)
     draws = {
-        label: np.array([auc(rng.choice(p, len(p)), rng.choice(n, len(n))) for _ in range(rounds)]) for label, (p, n) in groups.items()
+        label: np.array([auc(rng.choice(p, len(p)), rng.choice(n, len(n))) for _ in range(rounds)])
+        for label, (p, n) in groups.items()
     }
     per = {label: _with_draws(auc(p, n), draws[label], len(p)) for label, (p, n) in groups.items()}
     average = float(np.mean([e.value for e in per.values()]))
@@ -127,15 +133,20 @@ def _with_draws(value: float, draws: np.ndarray, n: int) -> Estimate:
     return Estimate(value, float(low), float(high), n)
 
 
-def tempo_accuracy(tempi: np.ndarray, meta: Sequence[Meta], agrees: Callable[[float, float], bool] = tempo_agrees) -> Estimate:
+def tempo_accuracy(
+    tempi: np.ndarray, meta: Sequence[Meta], agrees: Callable[[float, float], bool] = tempo_agrees
+) -> Estimate:
     """Share of clips whose measured tempo (clips,) agrees with the one that their prompt names."""
-    return mean(np.array([float(agrees(t, b)) for t, m in zip(tempi, meta, strict=True) if (b := asked_bpm(m)) is not None]))
+    return mean(
+        np.array([float(agrees(t, b)) for t, m in zip(tempi, meta, strict=True) if (b := asked_bpm(m)) is not None])
+    )
 
 
 def key_accuracy(scores: np.ndarray, meta: Sequence[Meta]) -> dict[str, Estimate]:
     """Agreement of the best-scoring key (scores: (clips, 2, 12), mode then tonic) with the one that the prompt names.
 
-    "exact": tonic and mode; "tonic"; "mirex": graded, see `tonality.mirex_score`. A clip without any scores (silence) is wrong.
+    "exact": tonic and mode; "tonic"; "mirex": graded, see `tonality.mirex_score`. A clip without any scores (silence)
+    is wrong.
     """
     exact, tonics, graded = [], [], []
     for score, m in zip(scores, meta, strict=True):

@@ -9,18 +9,27 @@ from typing import Any
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add `eval` to a command line's sub-commands; the parsed arguments' `run(args)` does the work and returns the exit status."""
+    """Add `eval` to a command line's sub-commands; the parsed arguments' `run(args)` does the work and returns the
+    exit status.
+    """
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "eval",
         help="judge a model on held-out captions",
-        description="Generate clips for held-out captions and judge them beside real clips, codec reconstructions, shuffled captions and noise.",
+        description="Generate clips for held-out captions and judge them beside real clips, "
+        "codec reconstructions, shuffled captions and noise.",
     )
-    parser.add_argument("--model", help="weights folder (default: the model that is shipped); 'none' judges the data alone")
+    parser.add_argument(
+        "--model", help="weights folder (default: the model that is shipped); 'none' judges the data alone"
+    )
     parser.add_argument("--data", default="data", help="data set folder with manifest.json (default: data)")
-    parser.add_argument("--split", default="test", choices=("test", "val"), help="which held-out captions (default: test)")
+    parser.add_argument(
+        "--split", default="test", choices=("test", "val"), help="which held-out captions (default: test)"
+    )
     parser.add_argument("--count", type=int, default=200, help="captions (default: 200)")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each clip (default: 10)")
-    parser.add_argument("--reference", type=int, default=400, help="real clips that distances are measured from (default: 400)")
+    parser.add_argument(
+        "--reference", type=int, default=400, help="real clips that distances are measured from (default: 400)"
+    )
     parser.add_argument("--steps", type=int, help="sampler steps (default: the model's)")
     parser.add_argument("--sampler", help="sampler (default: the model's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
@@ -28,8 +37,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="seed of captions, crops and noise (default: 0)")
     parser.add_argument("--batch", type=int, default=8, help="clips generated at once (default: 8)")
     parser.add_argument("--workers", type=int, help="threads that listen (default: all cores)")
-    parser.add_argument("--out", default="runs/evaluation", help="folder for clips, JSON and markdown (default: runs/evaluation)")
-    parser.add_argument("--compare", nargs="+", default=[], metavar="FOLDER", help="more weights folders, judged on the same captions")
+    parser.add_argument(
+        "--out", default="runs/evaluation", help="folder for clips, JSON and markdown (default: runs/evaluation)"
+    )
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar="FOLDER", help="more weights folders, judged on the same captions"
+    )
     parser.set_defaults(run=run)
     return parser
 

@@ -1,18 +1,18 @@
 r"""Denoising error by noise level, beside the best linear denoiser.
 
-A denoiser D(x + s n; s) that has learned nothing but second-order statistics is a Wiener filter. Beating it is the first sign
-that a diffusion model learned music, and the error needs neither sampling nor a codec.
+A denoiser D(x + s n; s) that has learned nothing but second-order statistics is a Wiener filter. Beating it is the
+first sign that a diffusion model learned music, and the error needs neither sampling nor a codec.
 
-**The linear denoiser.** Latents are taken as a stationary process with mean m and autocovariance R(k) = E[(x_t - m)(x_{t+k} - m)^T], a
-(C, C) matrix per lag. A window of L frames, stacked, has the block-Toeplitz covariance S with blocks S_{ij} = R(j - i). Given
-y = x + s n, the linear estimate with the least squared error is m + S (S + s^2 I)^{-1} (y - m). With S = U diag(l) U^T that is
-U diag(l / (l + s^2)) U^T: one eigendecomposition serves every noise level. Each frame is estimated from the window around it
-(at a crop's ends, from the first or last window), so only C of the L C rows are needed for all but the outermost frames: an
-L-tap matrix filter.
+**The linear denoiser.** Latents are taken as a stationary process with mean m and autocovariance R(k) = E[(x_t -
+m)(x_{t+k} - m)^T], a (C, C) matrix per lag. A window of L frames, stacked, has the block-Toeplitz covariance S with
+blocks S_{ij} = R(j - i). Given y = x + s n, the linear estimate with the least squared error is m + S (S + s^2
+I)^{-1} (y - m). With S = U diag(l) U^T that is U diag(l / (l + s^2)) U^T: one eigendecomposition serves every noise
+level. Each frame is estimated from the window around it (at a crop's ends, from the first or last window), so only C
+of the L C rows are needed for all but the outermost frames: an L-tap matrix filter.
 
-**Units.** `sigma` here is relative to the latents' standard deviation unless said otherwise: the noise added is sigma * sigma_data,
-0.5 for this project's codec. Errors are mean squared errors over sigma_data^2. Both are then comparable between codecs of any scale;
-predicting the mean gives about 1.
+**Units.** `sigma` here is relative to the latents' standard deviation unless said otherwise: the noise added is sigma
+* sigma_data, 0.5 for this project's codec. Errors are mean squared errors over sigma_data^2. Both are then comparable
+between codecs of any scale; predicting the mean gives about 1.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from presto_rt.errors import InvalidInput
+from presto_rt.evaluation.statistics import Estimate, mean
 
 SIGMAS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
 WINDOW = 32
@@ -35,7 +36,9 @@ Denoiser = Callable[[Tensor, Tensor, list[int]], Tensor]
 
 
 def autocovariance(latents: Sequence[np.ndarray], lags: int) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and autocovariance (lags, C, C) over recordings (T_i, C): R[k] = E[(x_t - m)(x_{t+k} - m)^T], k >= 0."""
+    """Mean (C,) and autocovariance (lags, C, C) over recordings (T_i, C): R[k] = E[(x_t - m)(x_{t+k} - m)^T], k >=
+    0.
+    """
     total = sum(len(x) for x in latents)
     if total < lags * 4:
         raise InvalidInput(f"{total} latent frames are too few to fit a {lags}-frame linear denoiser")
@@ -51,14 +54,15 @@ def autocovariance(latents: Sequence[np.ndarray], lags: int) -> tuple[Tensor, Te
 
 
 class LinearDenoiser:
-    """The Wiener filter of `window` frames for latents with the given statistics. float32; noise levels in the latents' own unit."""
+    """The Wiener filter of `window` frames for latents with the given statistics. float32; noise levels in the
+    latents' own unit.
+    """
 
     def __init__(self, mean: Tensor, autocov: Tensor) -> None:
         self.window, channels = autocov.shape[0], autocov.shape[1]
         self.mean = mean.float()
-        rows = []
-        for i in range(self.window):  # S_ij = R(j - i), and R(-k) = R(k)^T
-            rows.append(torch.cat([autocov[j - i] if j >= i else autocov[i - j].T for j in range(self.window)], 1))
+        span = range(self.window)  # S_ij = R(j - i), and R(-k) = R(k)^T
+        rows = [torch.cat([autocov[j - i] if j >= i else autocov[i - j].T for j in span], 1) for i in span]
         covariance = torch.cat(rows, 0).float()
         values, self.vectors = torch.linalg.eigh(covariance)
         self.values = values.clamp_min(0)  # an estimate from finite data may have slightly negative ones
@@ -69,41 +73,53 @@ class LinearDenoiser:
         """Fit on training recordings, each (T_i, C)."""
         return cls(*autocovariance(latents, window))
 
-    def _rows(self, sigma: float, first: int, count: int) -> Tensor:
-        """The filter's rows for frames first..first+count-1 of a window: (count C, window C)."""
-        part = self.vectors[first * self.channels : (first + count) * self.channels]
-        return (part * (self.values / (self.values + sigma**2))) @ self.vectors.T
-
     def __call__(self, noisy: Tensor, sigma: float) -> Tensor:
         """(B, T, C) with noise of level `sigma` -> estimate (B, T, C). T must be at least the window."""
-        batch, frames, channels = noisy.shape
-        if frames < self.window or channels != self.channels:
-            raise InvalidInput(f"this linear denoiser needs crops of >= {self.window} frames and {self.channels} channels, got {tuple(noisy.shape)}")
-        x = noisy - self.mean
-        half = self.window // 2
-        head = x[:, : self.window].reshape(batch, -1) @ self._rows(sigma, 0, half).T
-        tail_count = self.window - half - 1
-        tail = x[:, -self.window :].reshape(batch, -1) @ self._rows(sigma, half + 1, tail_count).T
-        spans = x.unfold(1, self.window, 1).transpose(2, 3)  # (B, T - window + 1, window, C), a view
-        middle = spans.reshape(-1, self.window * channels) @ self._rows(sigma, half, 1).T
-        parts = (head.view(batch, half, channels), middle.view(batch, -1, channels), tail.view(batch, tail_count, channels))
-        return torch.cat(parts, 1) + self.mean
+        return self.at(sigma)(noisy)
+
+    def at(self, sigma: float) -> Callable[[Tensor], Tensor]:
+        """The filter for one noise level: (B, T, C) -> (B, T, C)."""
+        window, channels, half = self.window, self.channels, self.window // 2
+        gains = self.values / (self.values + sigma**2)
+        whole = (self.vectors * gains) @ self.vectors.T  # row i C + c estimates channel c of a window's frame i
+        head, centre, tail = whole.split([half * channels, channels, (window - half - 1) * channels])
+
+        def apply(noisy: Tensor) -> Tensor:
+            batch, frames = noisy.shape[:2]
+            if frames < window or noisy.shape[2] != channels:
+                raise InvalidInput(
+                    f"this linear denoiser needs crops of >= {window} frames and {channels} channels, "
+                    f"got {tuple(noisy.shape)}"
+                )
+            x = noisy - self.mean
+            first = x[:, :window].reshape(batch, -1) @ head.T
+            spans = x.unfold(1, window, 1).transpose(2, 3)  # (B, T - window + 1, window, C), a view
+            middle = spans.reshape(-1, window * channels) @ centre.T
+            last = x[:, -window:].reshape(batch, -1) @ tail.T
+            return torch.cat([part.view(batch, -1, channels) for part in (first, middle, last)], 1) + self.mean
+
+        return apply
 
 
 @dataclass(frozen=True)
 class ErrorRow:
-    """One noise level: errors are MSE / sigma_data^2; `sigma` is relative to sigma_data, `sigma_absolute` is what was added."""
+    """One noise level: errors are MSE / sigma_data^2, with 95 % intervals over crops.
+
+    `sigma` is relative to sigma_data; `added` is the standard deviation of the noise that was added.
+    """
 
     sigma: float
-    sigma_absolute: float
-    linear: float
-    model: float | None
-    model_low: float | None = None
-    model_high: float | None = None
+    added: float
+    linear: Estimate
+    model: Estimate | None
 
 
-def crops(recordings: Sequence[np.ndarray], frames: int, count: int, seed: int = 0) -> tuple[Tensor, list[tuple[int, int]]]:
-    """`count` random crops (count, frames, C) float32 of recordings (T_i, C), and for each (recording, first frame)."""
+def crops(
+    recordings: Sequence[np.ndarray], frames: int, count: int, seed: int = 0
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """`count` random crops (count, frames, C) float32 of recordings (T_i, C), and for each (recording, first
+    frame).
+    """
     usable = [i for i, x in enumerate(recordings) if len(x) >= frames]
     if not usable:
         raise InvalidInput(f"no recording has {frames} latent frames; ask for shorter crops")
@@ -129,36 +145,25 @@ def denoising_errors(
 ) -> list[ErrorRow]:
     """Errors on held-out crops (N, T, C) at each noise level; model and linear denoiser see the same noise.
 
-    `relative`: sigmas are multiples of sigma_data (the prototype's table, whose latents have std 1); otherwise the latents' own unit.
-    The model's 95 % interval is over crops.
+    `relative`: sigmas are multiples of sigma_data (the prototype's table, whose latents have std 1); otherwise the
+    latents' own unit. The model's 95 % interval is over crops.
     """
-    from presto_rt.evaluation.statistics import mean
     from presto_rt.noise import normal
 
     rows = []
     for level, sigma in enumerate(sigmas):
-        absolute = sigma * sigma_data if relative else sigma
-        noise = normal(seed, tuple(clean.shape), stream=level)
-        noisy = clean + absolute * noise
-        linear_errors = (linear(noisy, absolute) - clean).square().mean((1, 2)) / sigma_data**2
-        estimate = None
-        if denoiser is not None:
-            errors = []
-            for start in range(0, len(clean), batch):
-                chosen = list(range(start, min(start + batch, len(clean))))
-                result = denoiser(noisy[chosen], torch.full((len(chosen),), absolute), chosen)
-                errors.append((result - clean[chosen]).square().mean((1, 2)) / sigma_data**2)
-            estimate = mean(torch.cat(errors).numpy())
-        rows.append(
-            ErrorRow(
-                absolute / sigma_data,
-                absolute,
-                float(linear_errors.mean()),
-                estimate.value if estimate else None,
-                estimate.low if estimate else None,
-                estimate.high if estimate else None,
-            )
-        )
+        added = sigma * sigma_data if relative else sigma
+        noisy = clean + added * normal(seed, tuple(clean.shape), stream=level)
+        wiener, errors = linear.at(added), {"linear": [], "model": []}
+        for start in range(0, len(clean), batch):
+            chosen = list(range(start, min(start + batch, len(clean))))
+            estimates = {"linear": wiener(noisy[chosen])}
+            if denoiser is not None:
+                estimates["model"] = denoiser(noisy[chosen], torch.full((len(chosen),), added), chosen)
+            for name, estimate in estimates.items():
+                errors[name].append((estimate - clean[chosen]).square().mean((1, 2)) / sigma_data**2)
+        found = {name: mean(torch.cat(parts).numpy()) for name, parts in errors.items() if parts}
+        rows.append(ErrorRow(added / sigma_data, added, found["linear"], found.get("model")))
     return rows
 
 
@@ -168,23 +173,29 @@ def table(rows: Sequence[ErrorRow]) -> str:
     def line(name: str, cells: Sequence[str]) -> str:
         return f"| {name} | " + " | ".join(cells) + " |"
 
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
+    def number(value: float) -> str:
+        return f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
 
     lines = [
         line("sigma / sigma_data", [f"{r.sigma:g}" for r in rows]),
         line("---", ["---"] * len(rows)),
-        line("sigma added", [f"{r.sigma_absolute:g}" for r in rows]),
-        line(f"linear, {WINDOW} frames", [number(r.linear) for r in rows]),
+        line("sigma added", [f"{r.added:g}" for r in rows]),
+        line(f"linear, {WINDOW} frames", [number(r.linear.value) for r in rows]),
     ]
-    if any(r.model is not None for r in rows):
-        lines.append(line("model", [number(r.model) for r in rows]))
-        lines.append(line("model / linear", [number(r.model / r.linear if r.model is not None else None) for r in rows]))
+    if all(r.model is not None for r in rows):
+        models = [r.model for r in rows if r.model is not None]
+        lines.append(line("model", [number(m.value) for m in models]))
+        lines.append(line("interval", [f"{number(m.low)} to {number(m.high)}" for m in models]))
+        lines.append(
+            line("model / linear", [number(m.value / r.linear.value) for m, r in zip(models, rows, strict=True)])
+        )
     return "\n".join(lines)
 
 
 def load_latents(folder: str | Path, split: str | None = None) -> list[np.ndarray]:
-    """Recordings (T_i, C) below `folder` (memory-mapped .npy files), of a split when an index.json there names splits."""
+    """Recordings (T_i, C) below `folder` (memory-mapped .npy files), of a split when an index.json there names
+    splits.
+    """
     import json
 
     folder = Path(folder)

@@ -1,10 +1,13 @@
 """Distances between two sets of clips, from embeddings of their windows and from plain level statistics.
 
-- `fad`: Frechet distance between Gaussians fitted to both sets (Kilgour et al. 2019), on the reference's leading principal
+- `fad`: Frechet distance between Gaussians fitted to both sets (Kilgour et al. 2019), on the reference's leading
+  principal
   directions: a covariance of d dimensions needs many more than d windows, and a few hundred clips are few.
-- `kid`: squared maximum mean discrepancy with the kernel (x.y/d + 1)^3, unbiased (Binkowski et al. 2018). Pairs are taken between
+- `kid`: squared maximum mean discrepancy with the kernel (x.y/d + 1)^3, unbiased (Binkowski et al. 2018). Pairs are
+  taken between
   different clips only: windows of one clip resemble each other and would bias it.
-- `prdc`: precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020), on one embedding per clip.
+- `prdc`: precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020), on one embedding per
+  clip.
 - `levels`: the tagger hears mono below 8 kHz, so stereo width and the 8-16 kHz band are compared on their own, in dB.
 """
 
@@ -48,15 +51,24 @@ def _gaussian(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x.mean(0), np.cov(x, rowvar=False).reshape(x.shape[1], x.shape[1])
 
 
-def fad(reference: np.ndarray, candidate: np.ndarray, clips: np.ndarray | None = None, dims: int | None = 16, rounds: int = 200) -> Estimate:
-    """Frechet distance of candidate windows (N, d) from reference windows (M, d), on `dims` principal directions (None: all).
+def fad(
+    reference: np.ndarray,
+    candidate: np.ndarray,
+    clips: np.ndarray | None = None,
+    dims: int | None = 16,
+    rounds: int = 200,
+) -> Estimate:
+    """Frechet distance of candidate windows (N, d) from reference windows (M, d), on `dims` principal directions
+    (None: all).
 
     `clips` (N,) names the clip of each candidate window; the interval is over clips (default: every window its own).
     Raises InvalidInput when either set has fewer windows than dimensions.
     """
     dims = reference.shape[1] if dims is None else dims
     if min(len(reference), len(candidate)) <= dims:
-        raise InvalidInput(f"a Frechet distance in {dims} dimensions needs more than {dims} windows in each set; use fewer dims")
+        raise InvalidInput(
+            f"a Frechet distance in {dims} dimensions needs more than {dims} windows in each set; use fewer dims"
+        )
     space = Principal(reference, dims)
     points = space(candidate)
     groups = _groups(clips, len(points))
@@ -95,8 +107,9 @@ def kid(
     """Unbiased kernel distance between windows (M, d) and (N, d); may be slightly negative when the sets are alike.
 
     `..._clips` name each window's clip (default: every window its own). The interval is over clips of both sets.
-    `captions`, vectors per clip of the reference and the candidate (rows of length 1 or 0), multiply the kernel by their cosine: the
-    distance is then one between (sound, caption) pairs and grows when sounds come with the wrong captions.
+    `captions`, vectors per clip of the reference and the candidate (rows of length 1 or 0), multiply the kernel by
+    their cosine: the distance is then one between (sound, caption) pairs and grows when sounds come with the wrong
+    captions.
     """
     x, y = np.asarray(reference, dtype=np.float64), np.asarray(candidate, dtype=np.float64)
     centre, scale = x.mean(0), x.std(0).clip(min=1e-6)  # so that every dimension counts, whatever its scale
@@ -128,11 +141,15 @@ def kid(
 
 
 def prdc(reference: np.ndarray, candidate: np.ndarray, neighbours: int = 5) -> dict[str, float]:
-    """Precision, recall, density and coverage of clip embeddings (M, d), (N, d). Raises MissingDependency without `prdc`."""
+    """Precision, recall, density and coverage of clip embeddings (M, d), (N, d). Raises MissingDependency without
+    `prdc`.
+    """
     try:
         from prdc import compute_prdc
     except ImportError as error:
-        raise MissingDependency("precision, recall, density and coverage need the prdc package: pip install prdc") from error
+        raise MissingDependency(
+            "precision, recall, density and coverage need the prdc package: pip install prdc"
+        ) from error
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the sizes
         result = compute_prdc(real_features=reference, fake_features=candidate, nearest_k=neighbours)
     return {name: float(value) for name, value in result.items()}
@@ -144,8 +161,8 @@ LEVELS = ("rms_db", "side_mid_db", "high_band_db", "high_side_mid_db")
 def levels(clip: np.ndarray, rate: int = 44100) -> np.ndarray:
     """Level statistics of one stereo clip (2, n), (4,) float64 in the order of LEVELS.
 
-    rms_db: dB below full scale. side_mid_db: energy of (L-R)/2 over (L+R)/2. high_band_db: energy of 8-16 kHz over all.
-    high_side_mid_db: side over mid within 8-16 kHz. All are kept within [-80, 80] dB.
+    rms_db: dB below full scale. side_mid_db: energy of (L-R)/2 over (L+R)/2. high_band_db: energy of 8-16 kHz over
+    all. high_side_mid_db: side over mid within 8-16 kHz. All are kept within [-80, 80] dB.
     """
     x = np.asarray(clip, dtype=np.float64)
     if x.ndim != 2 or x.shape[0] != 2:
@@ -169,7 +186,9 @@ def _ratio_db(a: float, b: float) -> float:
     return float(np.clip(10 * np.log10((a + 1e-12) / (b + 1e-12)), FLOOR_DB, -FLOOR_DB))
 
 
-def level_distances(reference: Sequence[np.ndarray], candidate: Sequence[np.ndarray], rounds: int = 200) -> dict[str, Estimate]:
+def level_distances(
+    reference: Sequence[np.ndarray], candidate: Sequence[np.ndarray], rounds: int = 200
+) -> dict[str, Estimate]:
     """1-Wasserstein distance, in dB, between the clips' distributions of each statistic in LEVELS.
 
     Arguments: lists of what `levels` returns. 1 dB means that the distributions differ as if shifted by 1 dB.
@@ -178,5 +197,6 @@ def level_distances(reference: Sequence[np.ndarray], candidate: Sequence[np.ndar
 
     a, b = np.stack(reference), np.stack(candidate)
     return {
-        name: half_samples(lambda i, c=c: wasserstein_distance(a[:, c], b[i, c]), len(b), rounds) for c, name in enumerate(LEVELS)
+        name: half_samples(lambda i, c=c: wasserstein_distance(a[:, c], b[i, c]), len(b), rounds)
+        for c, name in enumerate(LEVELS)
     }

@@ -48,8 +48,9 @@ def listen(
 ) -> Listening:
     """Hear every clip (2, n). `clips` may load them lazily: each is asked for once, and a few are held at a time.
 
-    workers: threads, one clip each (default: the machine's cores). notes=False skips note tracking; keys and densities are then NaN.
-    keep: folder where what was heard is kept per clip, by the hash of its samples. progress(1) is called after each clip.
+    workers: threads, one clip each (default: the machine's cores). notes=False skips note tracking; keys and
+    densities are then NaN. keep: folder where what was heard is kept per clip, by the hash of its samples.
+    progress(1) is called after each clip.
     """
     if not len(clips):
         raise InvalidInput("there are no clips to listen to")
@@ -110,7 +111,11 @@ def _tick(progress: Callable[[int], None] | None) -> None:
 def take(heard: Listening, chosen: np.ndarray) -> Listening:
     """What was heard in some of the clips, renumbered 0.. in the order of `chosen`."""
     rows = [np.flatnonzero(heard.clip == c) for c in chosen]
-    per_clip = {f.name: getattr(heard, f.name)[chosen] for f in fields(Listening) if f.name not in ("clip", "penultimate")}
+    per_clip = {
+        f.name: getattr(heard, f.name)[chosen] for f in fields(Listening) if f.name not in ("clip", "penultimate")
+    }
     return Listening(
-        clip=np.repeat(np.arange(len(chosen)), [len(r) for r in rows]), penultimate=heard.penultimate[np.concatenate(rows)], **per_clip
+        clip=np.repeat(np.arange(len(chosen)), [len(r) for r in rows]),
+        penultimate=heard.penultimate[np.concatenate(rows)],
+        **per_clip,
     )

@@ -1,11 +1,12 @@
-"""The tagger that judges: musicnn (Pons and Serra 2019, arXiv 1909.06654) in torch, from the weights in its own package.
+"""The tagger that judges: musicnn (Pons and Serra 2019, arXiv 1909.06654) in torch, from the weights in its own
+package.
 
 musicnn hears 16 kHz mono (nothing above 8 kHz) in windows of 187 log-mel frames, 3 s. Per window it gives 50 tag
 probabilities and a 200-d penultimate layer, which the distances use as an embedding.
 
-The package's weights are TensorFlow 1 checkpoints, read by `tf_checkpoint`; neither TensorFlow nor librosa is imported.
-`logmel` follows the package's front-end with one exception: the package rounds mel powers to float16 before it multiplies
-by 10,000, which overflows on loud tones; here everything stays float32.
+The package's weights are TensorFlow 1 checkpoints, read by `tf_checkpoint`; neither TensorFlow nor librosa is
+imported. `logmel` follows the package's front-end with one exception: the package rounds mel powers to float16 before
+it multiplies by 10,000, which overflows on loud tones; here everything stays float32.
 """
 
 from __future__ import annotations
@@ -27,18 +28,27 @@ from presto_rt.evaluation.tf_checkpoint import read_checkpoint
 RATE, N_FFT, HOP, MELS, FRAMES = 16000, 512, 256, 96, 187
 BN_EPS = 1e-3  # the default of tf.layers.batch_normalization
 
-# The tags in output order, a property of the weights (MagnaTagATune's and the Million Song Dataset's 50 most frequent).
+# The tags in output order, a property of the weights (MagnaTagATune's and the Million Song Dataset's 50 most
+# frequent).
 MTT_TAGS = tuple(
-    "guitar,classical,slow,techno,strings,drums,electronic,rock,fast,piano,ambient,beat,violin,vocal,synth,female,indian,"
-    "opera,male,singing,vocals,no vocals,harpsichord,loud,quiet,flute,woman,male vocal,no vocal,pop,soft,sitar,solo,man,"
-    "classic,choir,voice,new age,dance,male voice,female vocal,beats,harp,cello,no voice,weird,country,metal,female voice,"
-    "choral".split(",")
+    """
+    guitar,classical,slow,techno,strings,drums,electronic,rock,fast,piano,ambient,beat,violin,vocal,synth,female,
+    indian,opera,male,singing,vocals,no vocals,harpsichord,loud,quiet,flute,woman,male vocal,no vocal,pop,soft,
+    sitar,solo,man,classic,choir,voice,new age,dance,male voice,female vocal,beats,harp,cello,no voice,weird,country,
+    metal,female voice,choral
+    """.replace("\n", "")
+    .replace("    ", "")
+    .split(",")
 )
 MSD_TAGS = tuple(
-    "rock,pop,alternative,indie,electronic,female vocalists,dance,00s,alternative rock,jazz,beautiful,metal,chillout,"
-    "male vocalists,classic rock,soul,indie rock,Mellow,electronica,80s,folk,90s,chill,instrumental,punk,oldies,blues,"
-    "hard rock,ambient,acoustic,experimental,female vocalist,guitar,Hip-Hop,70s,party,country,easy listening,sexy,catchy,"
-    "funk,electro,heavy metal,Progressive rock,60s,rnb,indie pop,sad,House,happy".split(",")
+    """
+    rock,pop,alternative,indie,electronic,female vocalists,dance,00s,alternative rock,jazz,beautiful,metal,chillout,
+    male vocalists,classic rock,soul,indie rock,Mellow,electronica,80s,folk,90s,chill,instrumental,punk,oldies,blues,
+    hard rock,ambient,acoustic,experimental,female vocalist,guitar,Hip-Hop,70s,party,country,easy listening,sexy,
+    catchy,funk,electro,heavy metal,Progressive rock,60s,rnb,indie pop,sad,House,happy
+    """.replace("\n", "")
+    .replace("    ", "")
+    .split(",")
 )
 TAGS = {"MTT_musicnn": MTT_TAGS, "MSD_musicnn": MSD_TAGS}
 
@@ -46,7 +56,8 @@ TAGS = {"MTT_musicnn": MTT_TAGS, "MSD_musicnn": MSD_TAGS}
 def mel_matrix(rate: int = RATE, n_fft: int = N_FFT, mels: int = MELS) -> np.ndarray:
     """Slaney mel filters of unit area, (mels, n_fft // 2 + 1) float32, from 0 Hz to rate / 2.
 
-    Slaney's scale (Auditory Toolbox 1998) is linear, 200/3 Hz per mel, up to 1 kHz, then logarithmic, ln(6.4)/27 per mel.
+    Slaney's scale (Auditory Toolbox 1998) is linear, 200/3 Hz per mel, up to 1 kHz, then logarithmic, ln(6.4)/27 per
+    mel.
     """
     knee, step = 15.0, np.log(6.4) / 27.0
     top = knee + np.log(rate / 2 / 1000.0) / step if rate > 2000 else rate / 2 * 3 / 200
@@ -80,8 +91,12 @@ def logmel(samples: np.ndarray) -> Tensor:
     """Mono 16 kHz samples (n,) -> (frames, 96) float32: log10(1 + 10000 mel power), frames = 1 + n // 256."""
     x = torch.as_tensor(np.ascontiguousarray(samples, dtype=np.float32))
     if x.ndim != 1 or x.numel() <= N_FFT // 2:
-        raise InvalidInput(f"the tagger needs a mono signal of more than {N_FFT // 2} samples, got shape {tuple(x.shape)}")
-    spectrum = torch.stft(x, N_FFT, HOP, window=torch.hann_window(N_FFT), center=True, pad_mode="reflect", return_complex=True)
+        raise InvalidInput(
+            f"the tagger needs a mono signal of more than {N_FFT // 2} samples, got shape {tuple(x.shape)}"
+        )
+    spectrum = torch.stft(
+        x, N_FFT, HOP, window=torch.hann_window(N_FFT), center=True, pad_mode="reflect", return_complex=True
+    )
     power = spectrum.real.square() + spectrum.imag.square()
     return torch.log10(1.0 + 10000.0 * (_mel_tensor() @ power)).T
 
@@ -101,9 +116,9 @@ def windows(frames: Tensor, hop: int = FRAMES) -> Tensor:
 class MusicNN(nn.Module):
     """Log-mel windows (B, T, 96) -> tag logits (B, 50) and the penultimate layer (B, 200). Evaluation only.
 
-    Front-end: two "timbral" convolutions, 7 frames high and 38 or 67 mel bands wide, and three "temporal" ones, 128, 64
-    and 32 frames long; each is pooled by its maximum over frequency. Mid-end: three residual convolutions over time.
-    Back-end: maximum and mean over time of all layers together, then two dense layers.
+    Front-end: two "timbral" convolutions, 7 frames high and 38 or 67 mel bands wide, and three "temporal" ones, 128,
+    64 and 32 frames long; each is pooled by its maximum over frequency. Mid-end: three residual convolutions over
+    time. Back-end: maximum and mean over time of all layers together, then two dense layers.
     """
 
     def __init__(self) -> None:
@@ -124,7 +139,9 @@ class MusicNN(nn.Module):
         x = self.bn_input(x[:, None])
         features = []
         for conv, bn in zip([*self.timbral, *self.temporal], self.bn_front, strict=True):
-            if conv.kernel_size[1] == 1:  # TensorFlow's "same" padding of an even kernel: one frame more after than before
+            if (
+                conv.kernel_size[1] == 1
+            ):  # TensorFlow's "same" padding of an even kernel: one frame more after than before
                 length = conv.kernel_size[0]
                 y = conv(F.pad(x, (0, 0, (length - 1) // 2, length // 2)))
             else:
@@ -149,7 +166,9 @@ class MusicNN(nn.Module):
 
 
 def state_from_tensorflow(tensors: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """MusicNN's state from the checkpoint's tensors. TensorFlow numbers layers in the order in which they were built."""
+    """MusicNN's state from the checkpoint's tensors. TensorFlow numbers layers in the order in which they were
+    built.
+    """
 
     def get(kind: str, i: int, name: str) -> Tensor:
         return torch.from_numpy(tensors[f"{kind}{f'_{i}' if i else ''}/{name}"])
@@ -161,7 +180,13 @@ def state_from_tensorflow(tensors: dict[str, np.ndarray]) -> dict[str, Tensor]:
         kernel = kernel[:, :, 0].permute(2, 1, 0) if name.startswith("mid") else kernel.permute(3, 2, 0, 1)
         state[f"{name}.weight"] = kernel.contiguous()
         state[f"{name}.bias"] = get("conv2d", i, "bias")
-    norms = ["bn_input", *(f"bn_front.{i}" for i in range(5)), *(f"bn_mid.{i}" for i in range(3)), "bn_pool", "bn_dense"]
+    norms = [
+        "bn_input",
+        *(f"bn_front.{i}" for i in range(5)),
+        *(f"bn_mid.{i}" for i in range(3)),
+        "bn_pool",
+        "bn_dense",
+    ]
     torch_names = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
     for i, name in enumerate(norms):
         for theirs, ours in torch_names.items():
@@ -182,7 +207,9 @@ def package_folder() -> Path:
 
 @dataclass(frozen=True)
 class Heard:
-    """What the tagger heard: per window i, the clip it is from, tag probabilities and embeddings; all float32 arrays."""
+    """What the tagger heard: per window i, the clip it is from, tag probabilities and embeddings; all float32
+    arrays.
+    """
 
     clip: np.ndarray  # (N,) int64
     tags: np.ndarray  # (N, 50) probabilities

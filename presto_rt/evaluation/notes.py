@@ -1,8 +1,8 @@
 """Notes heard in a clip, by basic-pitch (Bittner et al. 2022, arXiv 2203.09893) through onnxruntime.
 
-The 230 kB network in the basic-pitch package hears 22,050 Hz mono in windows of 43,844 samples and gives, 86 times a second, the
-probability that each of the 88 piano pitches sounds and that it starts. Neighbouring windows overlap by 30 frames, of which
-half is cut at each side, as in the package.
+The 230 kB network in the basic-pitch package hears 22,050 Hz mono in windows of 43,844 samples and gives, 86 times a
+second, the probability that each of the 88 piano pitches sounds and that it starts. Neighbouring windows overlap by
+30 frames, of which half is cut at each side, as in the package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ LOWEST = 21  # MIDI number of the first of the 88 pitches
 
 @dataclass(frozen=True)
 class Notes:
-    """Per frame (86.1 Hz) and pitch (88, from MIDI 21): probability that it sounds, and that it starts. (T, 88) float32."""
+    """Per frame (86.1 Hz) and pitch (88, from MIDI 21): probability that it sounds, and that it starts. (T, 88)
+    float32.
+    """
 
     sounding: np.ndarray
     starting: np.ndarray
@@ -44,7 +46,9 @@ class Notes:
         return _fold((self.sounding * (self.sounding >= threshold)).sum(0))
 
     def bass_chroma(self, threshold: float = 0.3) -> np.ndarray:
-        """How long each pitch class is the lowest that sounds, (12,) from C, summing to 1 (zeros if nothing sounds)."""
+        """How long each pitch class is the lowest that sounds, (12,) from C, summing to 1 (zeros if nothing
+        sounds).
+        """
         heard = self.sounding >= threshold
         lowest = np.zeros(heard.shape, dtype=np.float32)
         rows = np.flatnonzero(heard.any(1))

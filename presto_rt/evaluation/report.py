@@ -1,4 +1,6 @@
-"""From sets of clips to one table: every judge on every set, controls beside, with 95 % intervals, as JSON and markdown."""
+"""From sets of clips to one table: every judge on every set, controls beside, with 95 % intervals, as JSON and
+markdown.
+"""
 
 from __future__ import annotations
 
@@ -36,15 +38,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Judge every set of clips against the reference and against its captions.
 
-    sets: name -> clips (2, n) float32, clip i of every set made for record i of `meta` (`prompt`, `instruments`, `bpm`, `key`, `mode`);
-    a set may be shorter than `meta`. Sequences may load clips lazily. Every set is also judged with its captions shuffled.
-    reference: real clips of other compositions; with their `reference_meta` the caption-aware kernel distance is reported too.
-    Returns {"environment", "reference", "sets": {name: measures}}, ready for JSON. `keep` and `workers`: see `listen`.
-    Raises InvalidInput when a set is empty or longer than `meta`.
+    sets: name -> clips (2, n) float32, clip i of every set made for record i of `meta` (`prompt`, `instruments`,
+    `bpm`, `key`, `mode`); a set may be shorter than `meta`. Sequences may load clips lazily. Every set is also judged
+    with its captions shuffled. reference: real clips of other compositions; with their `reference_meta` the
+    caption-aware kernel distance is reported too. Returns {"environment", "reference", "sets": {name: measures}},
+    ready for JSON. `keep` and `workers`: see `listen`. Raises InvalidInput when a set is empty or longer than `meta`.
     """
     for name, clips in sets.items():
         if not 0 < len(clips) <= len(meta):
-            raise InvalidInput(f"set {name!r} has {len(clips)} clips for {len(meta)} captions; give each clip its caption")
+            raise InvalidInput(
+                f"set {name!r} has {len(clips)} clips for {len(meta)} captions; give each clip its caption"
+            )
     options: dict[str, Any] = {"rate": rate, "workers": workers, "keep": keep, "progress": progress}
     real = listen(reference, notes=False, **options)
     captions = None if reference_meta is None else caption_vectors(reference_meta)
@@ -60,7 +64,11 @@ def evaluate(
             **agreement(heard, own),
             "shuffled": {**joint_distance(real, heard, captions, moved), **agreement(heard, moved)},
         }
-    return {"environment": environment(), "reference": {"clips": len(reference), "windows": len(real.clip)}, "sets": _plain(results)}
+    return {
+        "environment": environment(),
+        "reference": {"clips": len(reference), "windows": len(real.clip)},
+        "sets": _plain(results),
+    }
 
 
 def distances(real: Listening, heard: Listening) -> dict[str, Any]:
@@ -77,7 +85,9 @@ def distances(real: Listening, heard: Listening) -> dict[str, Any]:
     }
 
 
-def joint_distance(real: Listening, heard: Listening, captions: np.ndarray | None, meta: Sequence[Meta]) -> dict[str, Estimate]:
+def joint_distance(
+    real: Listening, heard: Listening, captions: np.ndarray | None, meta: Sequence[Meta]
+) -> dict[str, Estimate]:
     """The kernel distance between (sound, caption) pairs, when the reference has captions."""
     if captions is None:
         return {}
@@ -95,7 +105,9 @@ def agreement(heard: Listening, meta: Sequence[Meta]) -> dict[str, Any]:
 
 
 def caption_vectors(meta: Sequence[Meta]) -> np.ndarray:
-    """The instruments that each record has, as a vector of length 1 per clip: (clips, instruments). Zeros when it has none."""
+    """The instruments that each record has, as a vector of length 1 per clip: (clips, instruments). Zeros when it
+    has none.
+    """
     names = sorted(adherence.INSTRUMENTS)
     rows = np.zeros((len(meta), len(names) + 1))
     for row, m in zip(rows, meta, strict=True):
@@ -113,7 +125,10 @@ def environment() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
+        cpu = next(
+            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")),
+            cpu,
+        )
     command = " ".join([Path(sys.argv[0]).name, *(a if not os.path.isabs(a) else Path(a).name for a in sys.argv[1:])])
     return {
         "cpu": cpu,
@@ -140,7 +155,9 @@ def _plain(value: Any) -> Any:
 def _cell(estimate: dict[str, Any] | None, scale: float = 1.0, digits: int = 2) -> str:
     if not estimate or estimate["value"] is None:
         return "-"
-    value, low, high = (f"{estimate[k] * scale:.{digits}f}" if estimate[k] is not None else "?" for k in ("value", "low", "high"))
+    value, low, high = (
+        f"{estimate[k] * scale:.{digits}f}" if estimate[k] is not None else "?" for k in ("value", "low", "high")
+    )
     return f"{value} ({low} to {high})"
 
 
@@ -155,7 +172,12 @@ def markdown(result: dict[str, Any]) -> str:
     """Two tables: agreement with the captions, and distances from the reference."""
     agreement_rows = ["| set | instruments, AUC | tempo, % | key, % | key, MIREX |", "|---|---|---|---|---|"]
     for name, m in _rows(result):
-        cells = [_cell(m["instruments"]["mean"], 1, 3), _cell(m["tempo"], 100, 0), _cell(m["key"]["exact"], 100, 0), _cell(m["key"]["mirex"])]
+        cells = [
+            _cell(m["instruments"]["mean"], 1, 3),
+            _cell(m["tempo"], 100, 0),
+            _cell(m["key"]["exact"], 100, 0),
+            _cell(m["key"]["mirex"]),
+        ]
         agreement_rows.append(f"| {name} | " + " | ".join(cells) + " |")
     header = ["set", "KID x1000", "KID with captions x1000", "FAD, 16 dims", "precision / recall", "density / coverage"]
     header += ["notes per s", "diversity", "level, dB", "side/mid, dB", "8-16 kHz, dB"]
@@ -167,11 +189,21 @@ def markdown(result: dict[str, Any]) -> str:
             continue
         p = m["prdc"]
         pair = [f"{p[a]:.2f} / {p[b]:.2f}" if p else "-" for a, b in (("precision", "recall"), ("density", "coverage"))]
-        cells = [_cell(m["kid"], 1000, 1), joint, _cell(m["fad16"]), *pair, _cell(m["density"], 1, 1), _cell(m["diversity"], 1, 1)]
+        cells = [
+            _cell(m["kid"], 1000, 1),
+            joint,
+            _cell(m["fad16"]),
+            *pair,
+            _cell(m["density"], 1, 1),
+            _cell(m["diversity"], 1, 1),
+        ]
         cells += [_cell(m["levels"][k], 1, 1) for k in ("rms_db", "side_mid_db", "high_band_db")]
         distance_rows.append(f"| {name} | " + " | ".join(cells) + " |")
     e, sizes = result["environment"], ", ".join(f"{n} {m['clips']}" for n, m in result["sets"].items())
-    note = f"Clips: {sizes}; reference {result['reference']['clips']} clips. 95 % intervals in parentheses. {e['cpu']}, {e['cores']} cores, torch {e['torch']}."
+    note = (
+        f"Clips: {sizes}; reference {result['reference']['clips']} clips. 95 % intervals in parentheses. "
+        f"{e['cpu']}, {e['cores']} cores, torch {e['torch']}."
+    )
     return "\n".join([*agreement_rows, "", *distance_rows, "", note, ""])
 
 

@@ -1,9 +1,9 @@
 """Tempo of a clip, and whether it agrees with the one that was asked for.
 
-Onset strength is the half-wave rectified growth of a log-mel spectrogram (Bello et al. 2005, "spectral flux"). Tempo is
-the pulse period whose multiples all stand out in its autocorrelation (a comb, after Scheirer 1998), with a log-normal
-preference for tempi that people tap to (Ellis 2007). Octave errors are the known weakness of every such estimator, so
-agreement allows for them, and a control with shuffled captions tells what that leniency is worth.
+Onset strength is the half-wave rectified growth of a log-mel spectrogram (Bello et al. 2005, "spectral flux"). Tempo
+is the pulse period whose multiples all stand out in its autocorrelation (a comb, after Scheirer 1998), with a
+log-normal preference for tempi that people tap to (Ellis 2007). Octave errors are the known weakness of every such
+estimator, so agreement allows for them, and a control with shuffled captions tells what that leniency is worth.
 """
 
 from __future__ import annotations
@@ -41,12 +41,16 @@ def onset_strength(samples: np.ndarray) -> np.ndarray:
     flux = (logmel[:, lag:] - logmel[:, :-lag]).clamp_min(0).sum(0).numpy()
     flux = np.concatenate([np.zeros(lag, dtype=np.float32), flux])
     width = int(FPS)
-    slow = np.convolve(np.pad(flux, width // 2, mode="edge"), np.ones(width) / width, mode="same")[width // 2 :][: len(flux)]
+    slow = np.convolve(np.pad(flux, width // 2, mode="edge"), np.ones(width) / width, mode="same")[width // 2 :][
+        : len(flux)
+    ]
     return np.maximum(flux - slow, 0).astype(np.float32)
 
 
 def pulse(onsets: np.ndarray, bpm: np.ndarray, beats: int = 4) -> np.ndarray:
-    """How strongly onsets repeat at each tempo, (len(bpm),): mean autocorrelation at 1..`beats` beats, 1 = perfectly."""
+    """How strongly onsets repeat at each tempo, (len(bpm),): mean autocorrelation at 1..`beats` beats, 1 =
+    perfectly.
+    """
     x = onsets.astype(np.float64)
     x = x - x.mean()
     n = len(x)
@@ -72,6 +76,8 @@ def tempo(clip: np.ndarray, rate: int = 44100) -> float:
     return float(grid[best]) if score[best] > 0 else float("nan")
 
 
-def tempo_agrees(estimate: float, asked: float, tolerance: float = TOLERANCE, octaves: tuple[float, ...] = OCTAVES) -> bool:
+def tempo_agrees(
+    estimate: float, asked: float, tolerance: float = TOLERANCE, octaves: tuple[float, ...] = OCTAVES
+) -> bool:
     """Whether the estimate is within `tolerance` of the asked tempo times one of `octaves`. NaN never agrees."""
     return any(abs(estimate - asked * octave) <= tolerance * asked * octave for octave in octaves)

@@ -48,12 +48,15 @@ def _draw(text: str, n: int) -> int:
 def choose(all_items: Sequence[Item], count: int, seconds: float, seed: int = 0) -> list[dict[str, Any]]:
     """`count` (item, crop, caption) records, the same for the same items: every item once before any comes again.
 
-    Each record is the item's, plus `prompt` and `start_frame`. Raises InvalidInput when no item has a caption and is long enough.
+    Each record is the item's, plus `prompt` and `start_frame`. Raises InvalidInput when no item has a caption and is
+    long enough.
     """
     frames = round(seconds * SAMPLE_RATE)
     usable = [i for i in all_items if i.captions and frames_of(i) > frames]
     if not usable:
-        raise InvalidInput(f"no captioned item of at least {seconds:g} s here; build the data set or ask for shorter clips")
+        raise InvalidInput(
+            f"no captioned item of at least {seconds:g} s here; build the data set or ask for shorter clips"
+        )
     usable.sort(key=lambda i: _draw(f"{seed} {i.id}", 2**62))
     records = []
     for n in range(count):
@@ -74,7 +77,9 @@ def real_clips(records: Sequence[dict[str, Any]], root: Path, seconds: float) ->
 
     def make(i: int) -> np.ndarray:
         record = {k: v for k, v in records[i].items() if k not in ("prompt", "start_frame")}
-        return np.asarray(read_audio(Item.from_dict(record), records[i]["start_frame"], frames, root=root), dtype=np.float32)
+        return np.asarray(
+            read_audio(Item.from_dict(record), records[i]["start_frame"], frames, root=root), dtype=np.float32
+        )
 
     return Lazy(make, len(records))
 
@@ -136,9 +141,11 @@ def shaped_noise(clips: Sequence[np.ndarray], count: int, seconds: float, seed: 
 def generated(
     model: Any, prompts: Sequence[str], folder: Path, *, seconds: float, seed: int = 0, batch: int = 8, **options: Any
 ) -> Lazy:
-    """Clips that the model makes for the prompts, kept as 16-bit FLAC files in `folder`: a stopped run goes on where it was.
+    """Clips that the model makes for the prompts, kept as 16-bit FLAC files in `folder`: a stopped run goes on where
+    it was.
 
-    The files' names hold prompt, seed, length and options, so a change of any makes new ones; the folder must be of one model.
+    The files' names hold prompt, seed, length and options, so a change of any makes new ones; the folder must be of
+    one model.
     """
     try:
         import soundfile
@@ -191,11 +198,12 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Judge a model on `count` held-out captions and write `evaluation.json` and `evaluation.md` into `out`.
 
-    model: has `generate(prompts, seconds=, seed=, **options) -> list[Audio]` and `codec`; None judges the data alone (the ceilings).
-    others: more models by name, judged on the same captions; they use the first model's codec for nothing.
-    Controls: the held-out clips themselves, the codec's reconstruction of them, `controls` clips each of decoded Gaussian latents and
-    of noise with the music's spectrum; and every set with its captions shuffled. The reference is `reference_count` clips of the other splits.
-    Clips and what was heard in them are kept below `out`, so a run can be repeated or resumed. Returns what was written.
+    model: has `generate(prompts, seconds=, seed=, **options) -> list[Audio]` and `codec`; None judges the data alone
+    (the ceilings). others: more models by name, judged on the same captions; they use the first model's codec for
+    nothing. Controls: the held-out clips themselves, the codec's reconstruction of them, `controls` clips each of
+    decoded Gaussian latents and of noise with the music's spectrum; and every set with its captions shuffled. The
+    reference is `reference_count` clips of the other splits. Clips and what was heard in them are kept below `out`,
+    so a run can be repeated or resumed. Returns what was written.
     """
     root, folder = Path(data_root), Path(out)
     manifest = load_manifest(root)
@@ -230,7 +238,14 @@ def evaluate_model(
         keep=folder / "heard",
         progress=progress,
     )
-    result["settings"] = {"count": count, "seconds": seconds, "seed": seed, "split": split, "data": manifest.hash, **options}
+    result["settings"] = {
+        "count": count,
+        "seconds": seconds,
+        "seed": seed,
+        "split": split,
+        "data": manifest.hash,
+        **options,
+    }
     result["wall_seconds"] = {"judging": round(time.monotonic() - began, 1)}
     write(result, folder)
     return result

@@ -1,4 +1,6 @@
-"""95 % intervals that the judges share. Clips are the units that are drawn: windows of one clip are not independent."""
+"""95 % intervals that the judges share. Clips are the units that are drawn: windows of one clip are not
+independent.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,9 @@ def bootstrap(statistic: Callable[[np.ndarray], float], n: int, rounds: int = 10
 def half_samples(statistic: Callable[[np.ndarray], float], n: int, rounds: int = 200, seed: int = 0) -> Estimate:
     """`statistic(indices)` with an interval from random halves drawn without replacement (Shao and Wu 1989).
 
-    The spread of halves around their mean equals the sampling spread of the whole. For distances, where a unit drawn twice
-    would count as a neighbour of itself; the interval is centred on the whole's value, since a distance's bias depends on n.
+    The spread of halves around their mean equals the sampling spread of the whole. For distances, where a unit drawn
+    twice would count as a neighbour of itself; the interval is centred on the whole's value, since a distance's bias
+    depends on n.
     """
     rng = np.random.default_rng(seed)
     value = statistic(np.arange(n))

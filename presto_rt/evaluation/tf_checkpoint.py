@@ -1,8 +1,8 @@
 """Reads a TensorFlow "tensor bundle" checkpoint without TensorFlow.
 
-A checkpoint `P` is two files. `P.index` is a string table in the LevelDB format (sorted keys, prefix compressed, in blocks);
-each value is a small protocol buffer that says where a tensor lies. `P.data-00000-of-00001` holds the tensors, raw.
-Only what such checkpoints need is read: one shard, no block compression, float32.
+A checkpoint `P` is two files. `P.index` is a string table in the LevelDB format (sorted keys, prefix compressed, in
+blocks); each value is a small protocol buffer that says where a tensor lies. `P.data-00000-of-00001` holds the
+tensors, raw. Only what such checkpoints need is read: one shard, no block compression, float32.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protocol buffer message: int for varints and fixed32/64, bytes for nested messages."""
+    """(field number, value) of a protocol buffer message: int for varints and fixed32/64, bytes for nested
+    messages.
+    """
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
@@ -124,7 +126,8 @@ def read_index(path: Path) -> dict[str, Entry]:
 
 
 def read_checkpoint(folder: Path, prefix: str = "", skip: tuple[str, ...] = ("/Adam",)) -> dict[str, np.ndarray]:
-    """Float32 tensors of the checkpoint `folder/prefix`, by TensorFlow name; names that contain one of `skip` are left out.
+    """Float32 tensors of the checkpoint `folder/prefix`, by TensorFlow name; names that contain one of `skip` are
+    left out.
 
     Raises WeightsError when a file is missing, truncated, or not such a checkpoint.
     """

@@ -11,7 +11,8 @@ MODES = ("major", "minor")
 _LETTERS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 
 # How well each pitch class fits a key, from its tonic up.
-# Krumhansl and Kessler 1982 (listeners' ratings); Temperley 2007, "Kostka-Payne" corpus (frequencies in textbook examples).
+# Krumhansl and Kessler 1982 (listeners' ratings); Temperley 2007, "Kostka-Payne" corpus (frequencies in textbook
+# examples).
 PROFILES = {
     "krumhansl": (
         (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
@@ -33,7 +34,9 @@ def pitch_class(name: str) -> int:
 
 
 def key_scores(chroma: np.ndarray, profile: str = "temperley") -> np.ndarray:
-    """Pearson correlation of a chroma vector (12,) with each key's profile: (2, 12), mode then tonic. Zeros for silence."""
+    """Pearson correlation of a chroma vector (12,) with each key's profile: (2, 12), mode then tonic. Zeros for
+    silence.
+    """
     chroma = np.asarray(chroma, dtype=np.float64)
     scores = np.zeros((2, 12))
     if chroma.std() < 1e-9:
