@@ -1,0 +1,249 @@
+"""The command `presto-rt`: one sub-command per job. Errors are one line on stderr and a non-zero exit status."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .errors import InvalidInput, PrestoError
+
+INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    logging.basicConfig(format="presto-rt: %(message)s", level=logging.WARNING)
+    parsed = _parser().parse_args(arguments)
+    try:
+        return int(parsed.run(parsed) or 0)
+    except PrestoError as error:
+        print(f"presto-rt: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("presto-rt: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+    from .data.cli import add_parser as add_data
+    from .evaluation.cli import add_parser as add_eval
+
+    parser = argparse.ArgumentParser(prog="presto-rt", description="Text to 44.1 kHz stereo music, in moments.")
+    parser.add_argument("--version", action="version", version=f"presto-rt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_info(commands)
+    _add_codec(commands)
+    _add_train(commands)
+    add_data(commands)
+    add_eval(commands)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    p = commands.add_parser("generate", help="make music from prompts")
+    p.add_argument("prompt", nargs="+", help="what to play; each prompt makes a clip")
+    p.add_argument("-o", "--output", default="out.wav", metavar="FILE",
+                   help=".wav, .flac or .ogg; several clips are numbered: out-1.wav, out-2.wav")  # fmt: skip
+    p.add_argument("--seconds", type=float, default=32.0)
+    p.add_argument("--bpm", type=float, help="tempo; else the prompt's own, if it names one")
+    p.add_argument("--steps", type=int)
+    p.add_argument("--sampler", help="euler, heun, dpmpp_2m, dpmpp_2s or few_step")
+    p.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 is none")
+    p.add_argument("--cfg-pp", action="store_true", help="CFG++, with --guidance from 0 to 1")
+    p.add_argument("--negative-prompt")
+    p.add_argument("--layers", help='how many blocks run: a number, or a share such as "75%%"')
+    p.add_argument("--seed", type=int)
+    p.add_argument("--count", type=int, default=1, help="clips per prompt, with consecutive seeds")
+    p.add_argument("--subtype", choices=("pcm16", "pcm24", "float32"), help="sample format of the file")
+    p.add_argument("--model", default="nano", help="a shipped model's name, or a weights folder")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="auto")
+    p.add_argument("--backend", default="auto")
+    p.add_argument("--json", action="store_true", help="print what was made as JSON")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    p.set_defaults(run=_generate)
+
+
+def _generate(a: argparse.Namespace) -> None:
+    from .audio import check_writable
+
+    if not 1 <= a.count <= 1_000:
+        raise InvalidInput(f"--count must be from 1 to 1000, not {a.count}")
+    prompts = [p for p in a.prompt for _ in range(a.count)]
+    paths = _numbered(Path(a.output), len(prompts))
+    for path in paths:
+        check_writable(path, a.subtype)
+    started = time.perf_counter()
+    from .pipeline import load
+
+    model = load(a.model, device=a.device, dtype=a.dtype, backend=a.backend)
+    loaded = time.perf_counter() - started
+    options = {"negative_prompt": a.negative_prompt, "seconds": a.seconds, "bpm": a.bpm, "steps": a.steps,
+               "sampler": a.sampler, "guidance": a.guidance, "cfg_pp": a.cfg_pp, "layers": a.layers}  # fmt: skip
+    model.plan(a.seconds, a.steps, a.sampler, a.guidance, None, a.cfg_pp, a.layers)  # bad settings before any work
+    first, made = a.seed, []
+    for i, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
+        with _Bar(f"clip {i + 1}/{len(prompts)}", silent=a.quiet or a.json) as bar:
+            seed = None if first is None else (first + i) % 2**64
+            audio = model.generate(prompt, seed=seed, callback=bar, **options)
+        first = audio.seed - i if first is None and audio.seed >= i else first
+        begin = time.perf_counter()
+        audio.save(path, a.subtype)
+        timings = {"load": loaded, **audio.timings, "save": time.perf_counter() - begin}
+        made.append({"file": str(path), "prompt": prompt, "seed": audio.seed, "seconds": audio.seconds,
+                     "frames": audio.samples.shape[1], "timings": {k: round(v, 4) for k, v in timings.items()},
+                     "real_time_factor": round(audio.seconds / audio.timings["total"], 2)})  # fmt: skip
+    if a.json:
+        print(json.dumps(made, indent=1))
+        return
+    for clip in made:
+        stages = ", ".join(f"{k} {v:.2f} s" for k, v in clip["timings"].items() if k != "total")
+        print(f"{clip['file']}: {clip['seconds']:.1f} s of music in {clip['timings']['total']:.2f} s, "
+              f"{clip['real_time_factor']:.1f} x real time (seed {clip['seed']}; {stages})")  # fmt: skip
+
+
+def _numbered(path: Path, count: int) -> list[Path]:
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]
+
+
+class _Bar:
+    """A progress bar over sampling steps that appears with the first step."""
+
+    def __init__(self, label: str, silent: bool) -> None:
+        self.label, self.silent, self.bar = label, silent, None
+
+    def __enter__(self) -> _Bar:
+        from tqdm import tqdm
+
+        self.bar = tqdm(desc=self.label, unit="step", leave=False, disable=self.silent)
+        return self
+
+    def __call__(self, step: int, steps: int) -> None:
+        self.bar.total = steps
+        self.bar.update(step - self.bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+def _add_info(commands: Any) -> None:
+    p = commands.add_parser("info", help="versions, hardware, and which backends can be used")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_info)
+
+
+def _info(a: argparse.Namespace) -> None:
+    from .info import as_text, info
+
+    facts = info()
+    print(json.dumps(facts, indent=1) if a.json else as_text(facts))
+
+
+def _add_codec(commands: Any) -> None:
+    codec = commands.add_parser("codec", help="the audio codec alone")
+    jobs = codec.add_subparsers(dest="job", required=True, metavar="JOB")
+    p = jobs.add_parser("roundtrip", help="encode a file to latents and decode it again")
+    p.add_argument("input")
+    p.add_argument("output")
+    p.add_argument("--model", default="nano")
+    p.set_defaults(run=_roundtrip)
+
+
+def _roundtrip(a: argparse.Namespace) -> None:
+    import torch
+
+    from .audio import Audio, check_writable
+    from .audio import load as load_audio
+    from .pipeline import load
+
+    check_writable(a.output)
+    source = load_audio(a.input)
+    codec = load(a.model).codec
+    device = next(codec.parameters()).device
+    with torch.inference_mode():
+        samples = torch.from_numpy(source.samples).to(device)
+        start = time.perf_counter()
+        latents = codec.encode(samples[None])
+        middle = time.perf_counter()
+        out = codec.decode(latents, frames=samples.shape[-1])[0].cpu()
+        end = time.perf_counter()
+    mono = source.samples.shape[0] == 1
+    Audio((out.mean(0, keepdim=True) if mono else out).numpy(), source.sample_rate).save(a.output)
+    print(f"{a.output}: {source.seconds:.1f} s through {latents.shape[1]} x {latents.shape[2]} latents; "
+          f"encode {middle - start:.2f} s, decode {end - middle:.2f} s")  # fmt: skip
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser("train", help="train the codec or the base model, or pack weights")
+    jobs = train.add_subparsers(dest="job", required=True, metavar="JOB")
+    for name, what in (("codec", "the audio codec"), ("base", "the diffusion model on the codec's latents")):
+        p = jobs.add_parser(name, help=f"train {what}")
+        p.add_argument("--minutes", type=float, required=True, help="time budget; a resumed run counts what it has used")
+        p.add_argument("--data", default="data", help="the folder of `presto-rt data build`")
+        p.add_argument("--run", dest="run_dir", default=f"runs/{name}", help="checkpoints and logs go here")
+        p.add_argument("--device", default="auto")
+        p.add_argument("--resume", action="store_true")
+        p.add_argument("--seed", type=int, default=0)
+        if name == "codec":
+            p.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone: latents stay valid")
+        else:
+            p.add_argument("--model", default="nano", help="a preset: nano, small or medium")
+            p.add_argument("--start-from", metavar="CHECKPOINT", help="begin with another run's averaged weights")
+            p.add_argument("--learning-rate", type=float, default=1e-3)
+            p.add_argument("--tokens", type=int, help="latent frames in a batch")
+        p.set_defaults(run=_train_codec if name == "codec" else _train_base)
+    p = jobs.add_parser("encode", help="latents of the data set, with a trained codec")
+    p.add_argument("--data", default="data")
+    p.add_argument("--codec", default="runs/codec", help="the codec's run folder")
+    p.set_defaults(run=_encode)
+    p = jobs.add_parser("pack", help="put a trained codec and base model into one weights folder")
+    p.add_argument("output", help="the weights folder to write")
+    p.add_argument("--codec", default="runs/codec", help="the codec's run folder")
+    p.add_argument("--base", default="runs/base", help="the base model's run folder")
+    p.add_argument("--defaults", default="{}", help="sampling defaults as JSON: steps, sampler, guidance, ...")
+    p.set_defaults(run=_pack)
+
+
+def _train_codec(a: argparse.Namespace) -> None:
+    from .training.codec import train_codec
+
+    train_codec(a.data, a.run_dir, a.minutes, device=a.device, resume=a.resume, seed=a.seed,
+                freeze_encoder=a.freeze_encoder)  # fmt: skip
+
+
+def _train_base(a: argparse.Namespace) -> None:
+    from .training.base import train_base
+
+    options = {"tokens": a.tokens} if a.tokens else {}
+    figures = train_base(a.data, a.run_dir, a.minutes, device=a.device, resume=a.resume, seed=a.seed, model=a.model,
+                         start_from=a.start_from, learning_rate=a.learning_rate, **options)  # fmt: skip
+    print("held-out error / sigma_data^2: " + ", ".join(f"{k[4:]}: {v:.4f}" for k, v in figures.items()))
+
+
+def _encode(a: argparse.Namespace) -> None:
+    from .training.latents import encode_dataset
+    from .training.pack import load_codec
+
+    encode_dataset(a.data, load_codec(a.codec), Path(a.data) / "latents")
+
+
+def _pack(a: argparse.Namespace) -> None:
+    from .training.pack import pack
+
+    try:
+        defaults = json.loads(a.defaults)
+    except ValueError as error:
+        raise InvalidInput(f"--defaults is no JSON: {error}") from error
+    pack(a.output, codec_run=a.codec, base_run=a.base, defaults=defaults)
+    print(f"wrote {a.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

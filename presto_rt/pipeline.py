@@ -1,0 +1,280 @@
+"""Pipeline: a request becomes a plan, a plan becomes latents, latents become sound."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import platform
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from . import noise, weights
+from .audio import Audio
+from .config import HOP, MAX_SECONDS, SAMPLE_RATE, ModelConfig
+from .diffusion.guidance import Guidance, guided
+from .diffusion.precond import precondition
+from .diffusion.samplers import SAMPLERS, sample
+from .diffusion.schedule import LayerSchedule, karras_levels, parse_layers
+from .errors import BackendUnavailable, InvalidInput, WeightsError
+from .models.codec import Codec, CodecConfig
+from .models.dit import Condition, DiT, beat_features
+from .text import MAX_BPM, MIN_BPM, TextStates, check_prompts, load_text_encoder, parse_bpm
+
+log = logging.getLogger("presto_rt")
+
+BACKENDS = ("auto", "torch")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_STEPS = 1_000
+MAX_COUNT = 10_000
+Callback = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Sampling settings that come with a model's weights."""
+
+    steps: int = 32
+    sampler: str = "dpmpp_2m"
+    guidance: float = 2.0
+    guidance_interval: tuple[float, float] = (0.0, math.inf)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Defaults:
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        if "guidance_interval" in known:
+            low, high = known["guidance_interval"]
+            known["guidance_interval"] = (low, math.inf if high is None else high)
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a trajectory that is known before its first step."""
+
+    sampler: str
+    levels: tuple[float, ...]
+    guidance: Guidance
+    layers: LayerSchedule
+    samples: int
+    frames: int
+
+
+def number(name: str, value: object, low: float, high: float) -> float:
+    """`value` as a float in [low, high]; InvalidInput for anything else, NaN and bool included."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InvalidInput(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
+    return float(value)
+
+
+class Pipeline:
+    """A loaded model: text encoder, diffusion transformer and codec on one device. See `load`."""
+
+    def __init__(self, dit: DiT, codec: Codec, *, device: torch.device, dtype: torch.dtype,
+                 defaults: Defaults | None = None, name: str = "custom") -> None:  # fmt: skip
+        self.name, self.device, self.dtype = name, device, dtype
+        self.config: ModelConfig = dit.config
+        self.defaults = defaults or Defaults()
+        self.dit = dit.to(device, dtype).eval().requires_grad_(False)
+        self.codec = codec.to(device).eval().requires_grad_(False)
+
+    @overload
+    def generate(self, prompt: str, **options: Any) -> Audio: ...
+    @overload
+    def generate(self, prompt: Sequence[str], **options: Any) -> list[Audio]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        seconds: float = 32.0,
+        bpm: float | Sequence[float | None] | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        cfg_pp: bool = False,
+        layers: int | str | LayerSchedule | None = None,
+        seed: int | Sequence[int] | None = None,
+        callback: Callback | None = None,
+        return_latents: bool = False,
+    ) -> Any:
+        """Music for one prompt (an Audio) or several (a list of them), 44.1 kHz stereo.
+
+        seconds: 0.05 to 120; the clip has exactly round(seconds * 44100) frames. bpm: tempo, 30 to 300; None takes the
+        prompt's own ("90 bpm"), or leaves it free. steps, sampler, guidance: None takes the model's defaults.
+        guidance: classifier-free guidance scale, 1 for none; with cfg_pp (CFG++) from 0 to 1. guidance_interval:
+        (low, high) sigma. layers: how many blocks run, 6 or "75%". seed: clip i of a list uses seed + i, or the i-th
+        of a list of seeds; None draws one, which the Audio tells. callback(step, steps) after each step.
+        return_latents: returns (audio, latents (T, C)) or (list, (B, T, C)). Raises InvalidInput.
+        """
+        prompts = check_prompts(prompt)
+        seconds = number("seconds", seconds, 0.05, MAX_SECONDS)
+        tempos = self._tempos(prompts, bpm)
+        seeds = self._seeds(len(prompts), seed)
+        plan = self.plan(seconds, steps, sampler, guidance, guidance_interval, cfg_pp, layers)
+        if negative_prompt is not None and not isinstance(negative_prompt, str):
+            raise InvalidInput("negative_prompt must be a string")
+        clips, latents = [], []
+        # On a CPU clips run one after another: batching gains nothing at these sizes, and a clip is then the same
+        # to the bit whether it was asked for alone or among others.
+        size = 1 if self.device.type == "cpu" else max(1, 32_768 // plan.frames)
+        for first in range(0, len(prompts), size):
+            part = slice(first, first + size)
+            audio, x = self._run(plan, prompts[part], tempos[part], seeds[part], negative_prompt, callback)
+            clips += audio
+            latents.append(x)
+        stacked = torch.cat(latents)
+        if isinstance(prompt, str):
+            return (clips[0], stacked[0]) if return_latents else clips[0]
+        return (clips, stacked) if return_latents else clips
+
+    def plan(self, seconds: float, steps: int | None = None, sampler: str | None = None,
+             guidance: float | None = None, guidance_interval: tuple[float, float] | None = None,
+             cfg_pp: bool = False, layers: int | str | LayerSchedule | None = None) -> Plan:  # fmt: skip
+        """The plan of a request; raises InvalidInput for settings that cannot be run."""
+        config, defaults = self.config, self.defaults
+        steps = defaults.steps if steps is None else steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+            raise InvalidInput(f"steps must be a whole number from 1 to {MAX_STEPS}, not {steps!r}")
+        sampler = defaults.sampler if sampler is None else sampler
+        if sampler not in SAMPLERS:
+            raise InvalidInput(f"unknown sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+        scale = number("guidance", defaults.guidance if guidance is None else guidance, 0, 100)
+        how = Guidance(scale, guidance_interval or defaults.guidance_interval, cfg_pp)
+        how.check(sampler)
+        samples = round(seconds * SAMPLE_RATE)
+        levels = karras_levels(steps, config.sigma_min, config.sigma_max, config.rho)
+        return Plan(sampler, tuple(levels), how, parse_layers(layers, config.blocks), samples, -(-samples // HOP))
+
+    @torch.inference_mode()
+    def _run(self, plan: Plan, prompts: list[str], tempos: list[float | None], seeds: list[int],
+             negative: str | None, callback: Callback | None) -> tuple[list[Audio], Tensor]:  # fmt: skip
+        started = time.perf_counter()
+        condition = self._condition(plan, prompts, tempos)
+        unconditional = self.dit.null(condition)
+        if negative is not None:
+            states = self._encode([negative] * len(prompts))
+            unconditional = Condition(states.states, states.mask, states.pooled, condition.seconds, condition.beat)
+        encoded = time.perf_counter()
+        x = self.denoise(plan, condition, unconditional, seeds, callback)
+        self._synchronize()
+        denoised = time.perf_counter()
+        samples = self.codec.decode(x, frames=plan.samples).float().cpu().numpy()
+        decoded = time.perf_counter()
+        timings = {"text": encoded - started, "denoise": denoised - encoded, "decode": decoded - denoised,
+                   "total": decoded - started}  # fmt: skip
+        audio = [
+            Audio(s, SAMPLE_RATE, seed=seed, prompt=p, timings=dict(timings))
+            for s, seed, p in zip(samples, seeds, prompts, strict=True)
+        ]
+        return audio, x.cpu()
+
+    def denoise(self, plan: Plan, condition: Condition, unconditional: Condition, seeds: list[int],
+                callback: Callback | None = None) -> Tensor:  # fmt: skip
+        """The trajectory of a plan: latents (B, T, C) fp32 from seeds and conditions. The hot path."""
+        both_conditions = condition.cat(unconditional)
+        shape = (plan.frames, self.config.latent_channels)
+
+        def fresh(stream: int) -> Tensor:
+            return torch.stack([noise.normal(s, shape, stream=stream, device=self.device) for s in seeds])
+
+        def denoiser(x: Tensor, sigma: float, given: Condition) -> Tensor:
+            levels = torch.full((len(x),), sigma, device=x.device)
+            return precondition(self.dit, x, levels, given, plan.layers.blocks(sigma),
+                                kind=self.config.network, sigma_data=self.config.sigma_data)  # fmt: skip
+
+        def both(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+            conditional, other = denoiser(torch.cat([x, x]), sigma, both_conditions).chunk(2)
+            return conditional, other
+
+        denoise = guided(lambda x, sigma: denoiser(x, sigma, condition), both, plan.guidance)
+        return sample(plan.sampler, denoise, plan.levels[0] * fresh(0), plan.levels, fresh, callback)
+
+    def _condition(self, plan: Plan, prompts: list[str], tempos: list[float | None]) -> Condition:
+        states = self._encode(prompts)
+        beats = torch.stack([beat_features(plan.frames, HOP / SAMPLE_RATE, bpm) for bpm in tempos])
+        seconds = torch.full((len(prompts),), plan.frames * HOP / SAMPLE_RATE)
+        return Condition(states.states, states.mask, states.pooled, seconds, beats).to(self.device)
+
+    def _encode(self, prompts: list[str]) -> TextStates:
+        states = load_text_encoder().encode(prompts, self.config.text_tokens)
+        return TextStates(*(t.to(self.device) for t in (states.states, states.mask, states.pooled)))
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @staticmethod
+    def _tempos(prompts: list[str], bpm: float | Sequence[float | None] | None) -> list[float | None]:
+        given = list(bpm) if isinstance(bpm, list | tuple) else [bpm] * len(prompts)
+        if len(given) != len(prompts):
+            raise InvalidInput(f"{len(prompts)} prompts but {len(given)} values of bpm")
+        return [
+            parse_bpm(p) if b is None else number("bpm", b, MIN_BPM, MAX_BPM)
+            for p, b in zip(prompts, given, strict=True)
+        ]
+
+    @staticmethod
+    def _seeds(count: int, seed: int | Sequence[int] | None) -> list[int]:
+        if count > MAX_COUNT:
+            raise InvalidInput(f"at most {MAX_COUNT} clips in one call, not {count}")
+        if isinstance(seed, list | tuple):
+            if len(seed) != count:
+                raise InvalidInput(f"{count} prompts but {len(seed)} seeds")
+            return [noise.check_seed(s) for s in seed]
+        first = secrets.randbits(63) if seed is None else noise.check_seed(seed)
+        return [(first + i) % 2**64 for i in range(count)]
+
+
+def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: str = "auto",
+         backend: str = "auto") -> Pipeline:  # fmt: skip
+    """Load a shipped model by name, or a folder with config.json and safetensors shards.
+
+    device: "auto" takes a CUDA GPU when there is one. dtype of the transformer: "auto" is bfloat16 where the hardware
+    computes in it (CUDA, AVX512-BF16 or AMX), float32 elsewhere. backend: "auto" or "torch".
+    Raises WeightsError, BackendUnavailable, InvalidInput.
+    """
+    if backend not in BACKENDS:
+        raise BackendUnavailable(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
+    where = _device(device)
+    loaded = weights.load(name)
+    try:
+        config = ModelConfig.from_dict(loaded.config["model"])
+        dit, codec = DiT(config), Codec(CodecConfig.from_dict(loaded.config["codec"]))
+        dit.load_state_dict({k: v.float() for k, v in loaded.parts["dit"].items()})
+        codec.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in loaded.parts["codec"].items()})
+    except (KeyError, RuntimeError) as error:
+        raise WeightsError(f"the weights of {name} do not fit their configuration: {str(error).splitlines()[0]}") from error
+    return Pipeline(dit, codec, device=where, dtype=_dtype(dtype, where), name=Path(name).name,
+                    defaults=Defaults.from_dict(loaded.config.get("defaults", {})))  # fmt: skip
+
+
+def _device(name: str) -> torch.device:
+    if name not in DEVICES:
+        raise InvalidInput(f"unknown device {name!r}; there are {', '.join(DEVICES)}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable("no CUDA GPU can be used here; choose device='auto' or 'cpu'")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name not in DTYPES:
+        raise InvalidInput(f"unknown dtype {name!r}; there are {', '.join(DTYPES)}")
+    chosen = DTYPES[name]
+    if chosen is not None:
+        return chosen
+    fast = device.type == "cuda" or _cpu_computes_bf16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _cpu_computes_bf16() -> bool:
+    return platform.machine() in ("x86_64", "AMD64") and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())

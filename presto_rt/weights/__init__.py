@@ -1,0 +1,129 @@
+"""Weights folders: config.json beside safetensors shards under 15 MB, every file checked by its SHA-256 when loaded.
+
+    config.json   {"format": 1, "model": {...}, "codec": {...}, "defaults": {...}, "training": {...},
+                   "files": {"dit-00001.safetensors": {"sha256": ..., "bytes": ...}, ...}}
+    <part>-NNNNN.safetensors   tensors of one part ("dit", "codec"), named as in `presto_rt.models`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import OutputError, WeightsError
+
+FORMAT = 1
+SHARD_BYTES = 14_500_000
+_HERE = Path(__file__).parent
+
+
+@dataclass
+class Weights:
+    """A loaded folder: its config.json without the file table, and the tensors of each part by name."""
+
+    config: dict[str, Any]
+    parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def shipped() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(p.parent.name for p in _HERE.glob("*/config.json"))
+
+
+def locate(name_or_folder: str | os.PathLike[str]) -> Path:
+    """The folder of a shipped model, or the folder itself. Raises WeightsError, listing what there is."""
+    text = os.fspath(name_or_folder)
+    for folder in (_HERE / text if text and os.sep not in text and not text.startswith(".") else None, Path(text)):
+        if folder is not None and text and (folder / "config.json").is_file():
+            return folder
+    names = ", ".join(shipped()) or "none"
+    raise WeightsError(f"no model {text!r}: shipped models are {names}; or name a folder that holds config.json")
+
+
+def load(name_or_folder: str | os.PathLike[str]) -> Weights:
+    """Read and check a weights folder. Raises WeightsError naming the file that is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load as load_bytes
+
+    folder = locate(name_or_folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        files = config.pop("files")
+        version = config["format"]
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{folder / 'config.json'} is damaged ({error}); restore it") from error
+    if version != FORMAT:
+        raise WeightsError(f"{folder} has weights of format {version}; this version reads format {FORMAT}")
+    weights = Weights(config)
+    for name, expected in files.items():
+        path = folder / name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise WeightsError(f"{path} is missing ({error.strerror}); restore it") from error
+        if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
+            raise WeightsError(f"{path} is damaged (its SHA-256 differs from config.json); restore it")
+        try:
+            weights.parts.setdefault(name.rpartition("-")[0], {}).update(load_bytes(data))
+        except SafetensorError as error:
+            raise WeightsError(f"{path} is no safetensors file ({error}); restore it") from error
+    return weights
+
+
+def save(
+    folder: str | os.PathLike[str],
+    config: dict[str, Any],
+    parts: dict[str, dict[str, Tensor]],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a weights folder; floating tensors of two or more dimensions are stored as `dtype` if given.
+
+    A new folder is written beside the old one and renamed over it. Raises OutputError.
+    """
+    from safetensors.torch import save as to_bytes
+
+    target = Path(folder)
+    fresh = target.with_name(target.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    files: dict[str, dict[str, Any]] = {}
+    try:
+        fresh.mkdir(parents=True)
+        for part, tensors in parts.items():
+            stored = {k: _stored(v, dtype) for k, v in tensors.items()}
+            for number, shard in enumerate(_shards(stored), 1):
+                name, data = f"{part}-{number:05d}.safetensors", to_bytes(shard)
+                (fresh / name).write_bytes(data)
+                files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        text = json.dumps({"format": FORMAT, **config, "files": files}, indent=1)
+        (fresh / "config.json").write_text(text + "\n")
+        for kept in target.glob("*.md") if target.is_dir() else ():
+            shutil.copy2(kept, fresh)
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
+    except OSError as error:
+        raise OutputError(f"cannot write weights to {target}: {error.strerror or error}") from error
+
+
+def _stored(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    value = value.detach().cpu()
+    return (value.to(dtype) if dtype and value.is_floating_point() and value.dim() > 1 else value).contiguous()
+
+
+def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    room = SHARD_BYTES
+    for name, value in tensors.items():
+        if value.nbytes > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = value
+        room -= value.nbytes
+    return shards
