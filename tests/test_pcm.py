@@ -1,0 +1,109 @@
+"""Samples to integers: C++ against its twin, against exact arithmetic, and what dither is for."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from presto_rt import native
+from presto_rt.errors import InvalidInput
+from presto_rt.noise import random_words
+from presto_rt.pcm import DITHER_STREAM, to_pcm, to_pcm_torch
+
+SPECIAL = [
+    math.nan,
+    math.inf,
+    -math.inf,
+    1.0,
+    -1.0,
+    2.0,
+    -2.0,
+    0.0,
+    -0.0,
+    0.5 / 32768,
+    1.5 / 32768,
+    -2.5 / 32768,
+    1e-38,
+    1e30,
+]
+
+
+def needs_native() -> None:
+    if native.lib is None:
+        pytest.skip(f"no C++ operators: {native.why}")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("frames", [1, 2, 31, 32, 33, 64, 1001])
+@pytest.mark.parametrize("bits", [16, 24])
+@pytest.mark.parametrize("dither", [False, True])
+def test_cpp_equals_its_twin(channels: int, frames: int, bits: int, dither: bool) -> None:
+    needs_native()
+    samples = torch.randn(channels, frames) * 0.7
+    samples.flatten()[: len(SPECIAL)] = torch.tensor(SPECIAL)[: samples.numel()]
+    dtype = np.int16 if bits == 16 else np.int32
+    out = np.full((frames, channels), 12345, dtype)
+    native.lib.to_pcm(samples.numpy(), out, dither, 99, DITHER_STREAM)
+    assert torch.equal(torch.from_numpy(out), to_pcm_torch(samples, bits, dither=dither, seed=99))
+
+
+@pytest.mark.parametrize("bits", [16, 24])
+def test_every_integer_survives_the_way_to_samples_and_back(bits: int) -> None:
+    scale = 2 ** (bits - 1)
+    step = 1 if bits == 16 else 97
+    integers = torch.arange(-scale, scale, step)
+    samples = (integers.double() / scale).float().reshape(1, -1)
+    assert torch.equal(to_pcm(samples, bits, dither=False).flatten().long(), integers)
+
+
+def test_special_values_are_clamped_or_silent() -> None:
+    got = to_pcm(torch.tensor([SPECIAL]), dither=False).flatten().tolist()
+    assert got == [0, 32767, -32768, 32767, -32768, 32767, -32768, 0, 0, 0, 2, -2, 0, 32767]
+
+
+def test_dither_is_the_documented_function_of_seed_and_position() -> None:
+    samples = torch.randn(2, 500) * 0.1
+    words = random_words(17, 1000, stream=DITHER_STREAM).reshape(500, 2)
+    exact = samples.T.double() * 32768 + ((words & 0xFFFF) - (words >> 16)).double() / 65536
+    got = to_pcm(samples, seed=17)
+    sure = (exact - exact.floor() - 0.5).abs() > 1e-3  # fp32 may round a near tie either way
+    assert sure.double().mean() > 0.99
+    assert torch.equal(got[sure].long(), exact.round()[sure].long())
+    assert not torch.equal(got, to_pcm(samples, seed=18))
+    assert torch.equal(to_pcm(samples[:, :123].contiguous(), seed=17), got[:123])
+
+
+def test_dither_frees_the_mean_and_the_noise_power_from_the_signal() -> None:
+    """A constant of x steps comes out as x on average with an error power of 1/4, whatever x is."""
+    n = 200_000
+    for x in (0.0, 0.25, 0.5, 0.75):
+        samples = torch.full((1, n), x / 32768)
+        error = to_pcm(samples, seed=3).double() - x
+        assert abs(error.mean()) < 5 * math.sqrt(0.25 / n)
+        assert abs(error.square().mean() - 0.25) < 0.01
+    plain = to_pcm(torch.full((1, n), 0.25 / 32768), dither=False).double() - 0.25
+    assert abs(plain.mean()) > 0.2
+
+
+def test_bad_arguments_are_refused() -> None:
+    samples = torch.zeros(2, 4)
+    for bad in (samples[0], samples.double(), samples.int()):
+        with pytest.raises(InvalidInput, match="samples must be"):
+            to_pcm(bad)
+    with pytest.raises(InvalidInput, match="bits must be"):
+        to_pcm(samples, 8)
+    with pytest.raises(InvalidInput, match="seed must be"):
+        to_pcm(samples, seed=-1)
+
+
+def test_cpp_checks_sizes_before_it_touches_memory() -> None:
+    needs_native()
+    samples = np.zeros((2, 8), np.float32)
+    for out in (np.zeros((2, 8), np.int16), np.zeros((8, 1), np.int32), np.zeros(16, np.int16)):
+        with pytest.raises(ValueError, match="to_pcm"):
+            native.lib.to_pcm(samples, out, False, 0, 0)
+    with pytest.raises(TypeError):
+        native.lib.to_pcm(samples, np.zeros((8, 2), np.int64), False, 0, 0)
