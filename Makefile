@@ -1,0 +1,76 @@
+# Everything starts here: `make demo` writes a clip, `make test` runs the tests. Both make .venv on their first run.
+# PYTHON=python3.12 picks another interpreter (3.11 or newer), ARGS="-k audio" goes to pytest, PROMPT="..." to the demo.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+PROMPT ?= calm piano with warm strings, 84 bpm
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# A change in any of these means installing again, which also rebuilds the C++ operators.
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+TEST_EXTRAS := dev,train,data,eval,triton
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-sanitize lint format typecheck bench wheel clean
+
+help:
+	@echo "make demo       a 32 s clip from a prompt, in demo.wav"
+	@echo "make test       all tests (with what the trainers and judges need)"
+	@echo "make lint       ruff and clang-format, changing nothing;  make format: changing files"
+	@echo "make typecheck  mypy over the public modules"
+	@echo "make bench      the benchmarks in bench/"
+	@echo "make wheel      a wheel in dist/"
+	@echo "make clean      removes what was built, not .venv"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and by itself, so that one that is already there (for a certain GPU, say) stays.
+$(VENV)/.installed: $(BUILD_FILES) | $(BIN)/python
+	@$(BIN)/python -c "import torch" 2>/dev/null || { echo "installing torch $(TORCH)"; $(INSTALL) torch==$(TORCH); }
+	@echo "installing presto-rt"
+	@$(INSTALL) -e .
+	@touch $@
+
+# Some judges pin frameworks that are not used here, so they are installed without what they ask for.
+$(VENV)/.installed-tests: $(VENV)/.installed requirements/judges-nodeps.txt
+	@echo "installing what the tests need"
+	@$(INSTALL) -e ".[$(TEST_EXTRAS)]"
+	@$(INSTALL) --no-deps -r requirements/judges-nodeps.txt
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/presto-rt generate "$(PROMPT)" --seconds 32 --seed 7 -o demo.wav
+
+test: $(VENV)/.installed-tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/.installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+
+format: $(VENV)/.installed-tests
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+
+typecheck: $(VENV)/.installed-tests
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-tests
+	@for file in bench/*.py bench/kernels/*.py; do \
+	    if [ -f "$$file" ]; then echo "== $$file"; $(BIN)/python "$$file" || exit 1; fi; done
+
+wheel: $(VENV)/.installed
+	rm -rf build/lib build/bdist.* dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+	@ls -l dist
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f presto_rt/_C.*.so $(VENV)/.installed $(VENV)/.installed-tests
+	find presto_rt kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
