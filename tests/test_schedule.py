@@ -1,0 +1,87 @@
+"""Noise levels and layer schedules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from presto_rt.diffusion.schedule import (
+    LayerSchedule,
+    inference_levels,
+    karras_levels,
+    keep_last,
+    parse_layers,
+    training_levels,
+)
+from presto_rt.errors import InvalidInput
+
+
+@given(steps=st.integers(1, 200), rho=st.floats(1, 10))
+def test_levels_fall_to_zero(steps: int, rho: float) -> None:
+    levels = karras_levels(steps, 0.002, 80.0, rho)
+    assert len(levels) == steps + 1
+    assert levels[0] == pytest.approx(80.0)
+    assert levels[-1] == 0.0
+    assert all(a > b for a, b in zip(levels[:-1], levels[1:], strict=True))
+    if steps > 1:
+        assert levels[-2] == pytest.approx(0.002, rel=1e-6)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, True, "4", None])
+def test_bad_steps(steps: object) -> None:
+    with pytest.raises(InvalidInput, match="steps"):
+        karras_levels(steps)
+
+
+def test_training_levels_are_log_normal() -> None:
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    log = training_levels(u, -0.4, 1.0).log()
+    assert float(log.mean()) == pytest.approx(-0.4, abs=1e-3)
+    assert float(log.std()) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_inference_levels_end_points() -> None:
+    ends = inference_levels(torch.tensor([0.0, 1.0], dtype=torch.float64), 0.002, 80.0, 7.0)
+    assert ends.tolist() == pytest.approx([80.0, 0.002])
+
+
+@given(depth=st.integers(1, 30), data=st.data())
+def test_layer_schedule_round_trip(depth: int, data: st.DataObject) -> None:
+    bounds = sorted(data.draw(st.lists(st.floats(0.01, 90), max_size=5, unique=True)))
+    rows = tuple((b, keep_last(depth, data.draw(st.integers(1, depth)))) for b in [*bounds, math.inf])
+    schedule = LayerSchedule(depth, rows)
+    assert LayerSchedule.from_json(schedule.to_json()) == schedule
+    for sigma in (0.001, 0.5, 5.0, 100.0):
+        blocks = schedule.blocks(sigma)
+        assert blocks[-1] == depth - 1
+        assert blocks == next(b for upper, b in rows if sigma <= upper)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        (),
+        ((1.0, (0, 1)),),
+        ((math.inf, (1, 0)),),
+        ((math.inf, (0, 4)),),
+        ((math.inf, ()),),
+        ((2.0, (0,)), (1.0, (0,)), (math.inf, (0,))),
+    ],
+)
+def test_bad_layer_schedules(rows: tuple) -> None:
+    with pytest.raises(InvalidInput):
+        LayerSchedule(4, rows)
+
+
+def test_parse_layers() -> None:
+    assert parse_layers(None, 8).blocks(1.0) == tuple(range(8))
+    assert parse_layers("50%", 8).blocks(1.0) == (0, 1, 2, 7)
+    assert parse_layers("5", 8).blocks(1.0) == (0, 1, 2, 3, 7)
+    assert parse_layers(1, 8).blocks(1.0) == (7,)
+    for bad in (0, 9, "0%", "200%", "x", True, 2.5, LayerSchedule.full(5)):
+        with pytest.raises(InvalidInput):
+            parse_layers(bad, 8)
