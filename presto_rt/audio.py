@@ -57,7 +57,7 @@ class Audio:
         if samples.ndim != 2 or samples.shape[0] not in (1, 2) or samples.shape[1] < 1:
             raise InvalidInput(f"samples must have the shape (1 or 2 channels, frames), got {samples.shape}")
         rate: object = self.sample_rate
-        if isinstance(rate, bool) or not isinstance(rate, Integral) or not 1 <= rate <= 384_000:
+        if isinstance(rate, bool) or not isinstance(rate, Integral) or not 1 <= int(rate) <= 384_000:
             raise InvalidInput(f"sample_rate must be an integer from 1 to 384000 Hz, got {rate!r}")
         if self.seed is not None:
             check_seed(self.seed)
