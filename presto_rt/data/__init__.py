@@ -1,0 +1,1 @@
+"""The data set: composed, rendered and captioned music, and free-licence recordings."""

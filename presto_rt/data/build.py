@@ -1,0 +1,185 @@
+"""Building a data set: parallel, deterministic for a seed, and resumable after any kind of end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+from presto_rt.data.captions import captions
+from presto_rt.data.compose import compose, plan
+from presto_rt.data.grooves import check_mma
+from presto_rt.data.manifest import KINDS, SPLITS, Item, Manifest, collect, split_of, write_item
+from presto_rt.data.midi import to_bytes
+from presto_rt.data.recordings import build_recordings
+from presto_rt.data.render import SAMPLE_RATE, render, soundfont
+from presto_rt.data.tunes import load_tunes
+from presto_rt.errors import InvalidInput, PrestoError
+
+REFRESH_SECONDS = 120.0
+SOURCE = "composed by presto_rt.data; rendered with MuseScore_General (MIT)"
+
+
+def build(
+    root: str | os.PathLike[str],
+    hours: float = 25.0,
+    seed: int = 0,
+    workers: int = 2,
+    recordings: bool = True,
+    progress: bool = True,
+) -> Manifest:
+    """Make `hours` of captioned music (and fetch the recordings) below `root`; what is there already is kept.
+
+    The same seed and hours give the same manifest hash with any number of workers. Every item appears whole or not
+    at all; `manifest.json` is refreshed about every two minutes and says "complete" at the end.
+
+    Raises MissingDependency without mma, soundfont, tinysoundfont or music21; InvalidInput for a root of another seed.
+    """
+    folder = Path(root)
+    if hours < 0 or workers < 1:
+        raise InvalidInput("hours must be 0 or more and workers 1 or more")
+    check_mma()
+    soundfont()
+    load_tunes()
+    _check_seed(folder, seed)
+    wanted = _indices(seed, hours)
+    if recordings:
+        build_recordings(folder, lambda line: _say(line, progress))
+    (folder / "rendered").mkdir(parents=True, exist_ok=True)
+    known = {item.id: item for item in collect(folder)}
+    todo = [i for i in wanted if _id(seed, i) not in known]
+    Manifest(folder, seed, _chosen(known, seed, wanted), complete=not todo).save()
+    started, rendered, saved = time.monotonic(), 0.0, time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    failed = 0
+    if todo:
+        with context.Pool(min(workers, len(todo)), initializer=_quiet) as pool:
+            for item in pool.imap_unordered(_make, [(str(folder), seed, i) for i in todo], chunksize=1):
+                if isinstance(item, str):
+                    failed += 1
+                    print(item, file=sys.stderr)
+                    continue
+                known[item.id] = item
+                rendered += item.seconds
+                if time.monotonic() - saved > REFRESH_SECONDS:
+                    Manifest(folder, seed, _chosen(known, seed, wanted), complete=False).save()
+                    saved = time.monotonic()
+                _progress(rendered, started, hours, len(wanted), known, progress)
+    manifest = Manifest(folder, seed, _chosen(known, seed, wanted), complete=True)
+    manifest.save()
+    _say(("\n" if progress else "") + summary(manifest), progress)
+    if failed:
+        _say(f"{failed} pieces could not be made (see above)", progress)
+    return manifest
+
+
+def make_item(root: Path, seed: int, index: int) -> Item:
+    """Compose, render and write piece `index` (WAV PCM16, then its record) and return the record."""
+    import numpy as np
+    import soundfile
+
+    piece = compose(seed, index)
+    texts = captions(piece, seed)
+    midi = to_bytes(piece.score, piece.bpm)
+    content = hashlib.sha256(midi + json.dumps(texts).encode()).hexdigest()
+    samples = render(piece.score, piece.bpm, piece.offset, piece.seconds, int(content[:8], 16))
+    path = root / "rendered" / f"{index // 256:03d}" / f"{piece.id}.wav"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    pcm = np.round(samples.T * 32767).astype(np.int16)
+    soundfile.write(temporary, pcm, SAMPLE_RATE, subtype="PCM_16", format="WAV")
+    temporary.replace(path)
+    item = Item(
+        id=piece.id,
+        kind=piece.kind,
+        split=split_of(piece.composition),
+        path=str(path.relative_to(root)),
+        seconds=samples.shape[1] / SAMPLE_RATE,
+        composition=piece.composition,
+        content=content,
+        source=SOURCE,
+        licence="Apache-2.0",
+        captions=texts,
+        instruments=piece.instruments,
+        style=piece.style,
+        bpm=float(piece.bpm),
+        beats_per_bar=piece.beats_per_bar,
+        beat_offset_seconds=piece.offset,
+        key=piece.key.name if piece.key else None,
+        mode=piece.key.mode if piece.key else None,
+    )
+    write_item(root, item)
+    return item
+
+
+def summary(manifest: Manifest) -> str:
+    """How many hours of what, one line a kind."""
+    lines = [f"{'':12}" + "".join(f"{split:>9}" for split in SPLITS) + "    hours"]
+    for kind in KINDS:
+        row = [manifest.hours(kind, split) for split in SPLITS]
+        lines.append(f"{kind:12}" + "".join(f"{h:9.2f}" for h in row) + f"{sum(row):9.2f}")
+    state = "complete" if manifest.complete else "incomplete"
+    lines.append(f"{len(manifest.items)} items, {manifest.hours():.2f} hours, {state}, hash {manifest.hash[:16]}")
+    return "\n".join(lines)
+
+
+def _make(job: tuple[str, int, int]) -> Item | str:
+    root, seed, index = job
+    try:
+        return make_item(Path(root), seed, index)
+    except PrestoError as error:
+        return f"piece {index}: {error}"
+
+
+def _quiet() -> None:
+    """Workers leave an interrupt to the parent, and use one thread each."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _indices(seed: int, hours: float) -> list[int]:
+    """The pieces that make up `hours`; kinds are drawn independently, so every prefix is representative."""
+    total, chosen = 0.0, []
+    while total < hours * 3600:
+        chosen.append(len(chosen))
+        total += plan(seed, chosen[-1]).seconds
+    return chosen
+
+
+def _id(seed: int, index: int) -> str:
+    return f"{plan(seed, index).kind}-{seed}-{index:06d}"
+
+
+def _chosen(known: dict[str, Item], seed: int, wanted: list[int]) -> list[Item]:
+    """Recordings, and the pieces that belong to this build."""
+    ids = {_id(seed, i) for i in wanted}
+    return [item for item in known.values() if item.kind == "recording" or item.id in ids]
+
+
+def _check_seed(folder: Path, seed: int) -> None:
+    path = folder / "manifest.json"
+    if path.is_file() and (other := json.loads(path.read_text()).get("seed")) != seed:
+        raise InvalidInput(f"{folder} holds a data set of seed {other}: give --seed {other} or another --root")
+
+
+def _progress(rendered: float, started: float, hours: float, wanted: int, known: dict[str, Item], show: bool) -> None:
+    if not show:
+        return
+    speed = rendered / max(time.monotonic() - started, 1e-9)
+    done = sum(i.seconds for i in known.values() if i.kind != "recording") / 3600
+    left = max(0.0, hours - done) * 3600 / max(speed, 1e-9)
+    filled = round(24 * min(1.0, done / max(hours, 1e-9)))
+    bar = "#" * filled + "-" * (24 - filled)
+    end = "\r" if sys.stderr.isatty() else "\n"
+    line = f"[{bar}] {done:6.2f} of {hours:g} h  {speed:5.0f}x real time  {int(left // 60)}:{int(left % 60):02d} left"
+    print(line, end=end, file=sys.stderr, flush=True)
+
+
+def _say(line: str, show: bool) -> None:
+    if show:
+        print(line, flush=True)

@@ -1,0 +1,65 @@
+"""Everyday names of the General MIDI programs: what people call the sound in a prompt."""
+
+from __future__ import annotations
+
+_RANGES: list[tuple[range, str]] = [
+    (range(0, 4), "piano"),
+    (range(4, 6), "electric piano"),
+    (range(6, 8), "harpsichord"),
+    (range(8, 9), "celesta"),
+    (range(9, 10), "glockenspiel"),
+    (range(10, 11), "music box"),
+    (range(11, 12), "vibraphone"),
+    (range(12, 13), "marimba"),
+    (range(13, 14), "xylophone"),
+    (range(14, 15), "bells"),
+    (range(15, 16), "dulcimer"),
+    (range(16, 21), "organ"),
+    (range(21, 22), "accordion"),
+    (range(22, 23), "harmonica"),
+    (range(23, 24), "accordion"),
+    (range(24, 26), "guitar"),
+    (range(26, 32), "electric guitar"),
+    (range(32, 40), "bass"),
+    (range(40, 41), "violin"),
+    (range(41, 42), "viola"),
+    (range(42, 43), "cello"),
+    (range(43, 44), "bass"),
+    (range(44, 46), "strings"),
+    (range(46, 47), "harp"),
+    (range(47, 48), "timpani"),
+    (range(48, 52), "strings"),
+    (range(52, 55), "choir"),
+    (range(56, 57), "trumpet"),
+    (range(57, 58), "trombone"),
+    (range(58, 59), "tuba"),
+    (range(59, 60), "trumpet"),
+    (range(60, 61), "french horn"),
+    (range(61, 64), "brass"),
+    (range(64, 68), "saxophone"),
+    (range(68, 70), "oboe"),
+    (range(70, 71), "bassoon"),
+    (range(71, 72), "clarinet"),
+    (range(72, 74), "flute"),
+    (range(74, 75), "recorder"),
+    (range(75, 76), "pan flute"),
+    (range(76, 80), "flute"),
+    (range(80, 104), "synth"),
+    (range(104, 105), "sitar"),
+    (range(105, 106), "banjo"),
+    (range(106, 108), "koto"),
+    (range(108, 109), "kalimba"),
+    (range(109, 110), "bagpipes"),
+    (range(110, 111), "violin"),
+    (range(111, 112), "oboe"),
+    (range(112, 113), "bells"),
+    (range(113, 114), "drums"),
+    (range(114, 115), "steel drum"),
+    (range(115, 119), "drums"),
+]
+NAMES: dict[int, str] = {program: name for programs, name in _RANGES for program in programs}
+
+
+def name_of(program: int) -> str | None:
+    """The common name of a program, None for orchestra hit and sound effects."""
+    return NAMES.get(program)
