@@ -4,10 +4,7 @@
 void bind_noise(pybind11::module_& module);
 void bind_overlap_add(pybind11::module_& module);
 void bind_pcm(pybind11::module_& module);
-#if __has_include("spsi.cpp")
-#define PRESTO_RT_HAS_SPSI
 void bind_spsi(pybind11::module_& module);
-#endif
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Presto-RT's operators for the CPU. Called through the Python modules that hold their torch twins.";
@@ -16,7 +13,5 @@ PYBIND11_MODULE(_C, module) {
   bind_noise(module);
   bind_overlap_add(module);
   bind_pcm(module);
-#ifdef PRESTO_RT_HAS_SPSI
   bind_spsi(module);
-#endif
 }

@@ -128,7 +128,9 @@ def test_neighbours_are_not_correlated() -> None:
 
 def test_streams_and_seeds_are_independent() -> None:
     n = 400_000
-    clips = [noise.normal(s, (n,), stream=k).double() for s, k in ((3, 0), (3, 1), (4, 0), (3, 2**32 - 1), (3 + 2**32, 0))]
+    clips = [
+        noise.normal(s, (n,), stream=k).double() for s, k in ((3, 0), (3, 1), (4, 0), (3, 2**32 - 1), (3 + 2**32, 0))
+    ]
     for i, a in enumerate(clips):
         for b in clips[:i]:
             assert abs((a * b).mean()) < 5 / math.sqrt(n)
