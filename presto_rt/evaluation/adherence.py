@@ -180,6 +180,6 @@ def diversity(embeddings: np.ndarray, rounds: int = 500) -> Estimate:
     def average(i: np.ndarray) -> float:
         part = distances[np.ix_(i, i)]
         apart = i[:, None] != i[None]  # a clip drawn twice is no pair
-        return float(part[apart].mean())
+        return float(part[apart].mean()) if apart.any() else float("nan")
 
     return bootstrap(average, len(x), rounds)

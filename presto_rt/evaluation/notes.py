@@ -31,11 +31,18 @@ class Notes:
     starting: np.ndarray
     seconds: float
 
-    def onsets(self, threshold: float = 0.5) -> np.ndarray:
-        """(N, 2) int: frame and pitch of every local maximum in time of `starting` that reaches `threshold`."""
+    def onsets(self, threshold: float = 0.5, lasting: float = 0.3) -> np.ndarray:
+        """(N, 2) int: frame and pitch of every note that starts.
+
+        A start is a local maximum in time of `starting` that reaches `threshold`, after which the pitch sounds with a
+        mean probability of at least `lasting` for 116 ms: without that, the overtones of an attack would count.
+        """
         p = np.pad(self.starting, ((1, 1), (0, 0)))
         peaks = (p[1:-1] >= threshold) & (p[1:-1] > p[:-2]) & (p[1:-1] >= p[2:])
-        return np.argwhere(peaks)
+        sums = np.concatenate([np.zeros((1, 88)), np.cumsum(self.sounding, axis=0, dtype=np.float64)])
+        ends = np.minimum(np.arange(len(self.sounding)) + 10, len(self.sounding))
+        means = (sums[ends] - sums[:-1]) / (ends - np.arange(len(ends)))[:, None]
+        return np.argwhere(peaks & (means >= lasting))
 
     def density(self) -> float:
         """Note onsets per second."""

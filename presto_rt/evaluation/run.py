@@ -16,6 +16,7 @@ import numpy as np
 from presto_rt.data.dataset import SAMPLE_RATE, frames_of, items, load_manifest, read_audio
 from presto_rt.data.manifest import Item
 from presto_rt.errors import InvalidInput, MissingDependency
+from presto_rt.evaluation.adherence import asked_bpm, asked_key
 from presto_rt.evaluation.report import evaluate, write
 
 log = logging.getLogger("presto_rt")
@@ -48,8 +49,8 @@ def _draw(text: str, n: int) -> int:
 def choose(all_items: Sequence[Item], count: int, seconds: float, seed: int = 0) -> list[dict[str, Any]]:
     """`count` (item, crop, caption) records, the same for the same items: every item once before any comes again.
 
-    Each record is the item's, plus `prompt` and `start_frame`. Raises InvalidInput when no item has a caption and is
-    long enough.
+    Each record is the item's, plus `start_frame` and `prompt`: of its captions one of those that say most of tempo
+    and key. Raises InvalidInput when no item has a caption and is long enough.
     """
     frames = round(seconds * SAMPLE_RATE)
     usable = [i for i in all_items if i.captions and frames_of(i) > frames]
@@ -65,9 +66,12 @@ def choose(all_items: Sequence[Item], count: int, seconds: float, seed: int = 0)
         # the first and last half second may hold silence before the first note or after the last
         margin = min(SAMPLE_RATE // 2, (frames_of(item) - frames) // 2)
         start = margin + _draw("start " + name, max(1, frames_of(item) - frames - 2 * margin))
-        captions = sorted(item.captions)
-        prompt = captions[(_draw(f"caption {seed} {item.id}", len(captions)) + again) % len(captions)]
-        records.append({**asdict(item), "prompt": prompt, "start_frame": start})
+        record = asdict(item)
+        said = [{**record, "prompt": caption} for caption in sorted(item.captions)]
+        facts = [(asked_bpm(r) is not None) + (asked_key(r) is not None) for r in said]
+        told = [r for r, f in zip(said, facts, strict=True) if f == max(facts)]  # what is not said cannot be checked
+        chosen = told[(_draw(f"caption {seed} {item.id}", len(told)) + again) % len(told)]
+        records.append({**chosen, "start_frame": start})
     return records
 
 

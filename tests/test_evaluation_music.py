@@ -1,0 +1,219 @@
+"""Tempo, notes, key and agreement with captions, on signals whose truth is known."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from presto_rt.errors import InvalidInput
+from presto_rt.evaluation import adherence, rhythm, tonality
+
+RATE = 44100
+
+
+def clicks(bpm: float, seconds: float = 10.0, offset: float = 0.13) -> np.ndarray:
+    """Short noise bursts on every beat, stronger on every fourth, in stereo."""
+    rng = np.random.default_rng(0)
+    out = np.zeros(int(seconds * RATE))
+    for beat, time in enumerate(np.arange(offset, seconds - 0.05, 60 / bpm)):
+        start = int(time * RATE)
+        burst = rng.standard_normal(1500) * np.exp(-np.arange(1500) / 300)
+        out[start : start + 1500] += burst[: len(out) - start] * (0.5 if beat % 4 == 0 else 0.3)
+    return np.stack([out, 0.8 * out]).astype(np.float32)
+
+
+def tones(pitches: list[list[int]], beat: float = 0.5) -> np.ndarray:
+    """Chords of decaying tones with eight harmonics; each inner list sounds together for one beat."""
+    n = int(beat * RATE)
+    t = np.arange(n) / RATE
+    parts = []
+    for chord in pitches:
+        sound = np.zeros(n)
+        for pitch in chord:
+            f = 440 * 2 ** ((pitch - 69) / 12)
+            sound += sum(np.sin(2 * np.pi * f * h * t) / h**1.5 for h in range(1, 9) if f * h < 18000)
+        parts.append(sound * np.exp(-3 * t) * np.minimum(1, t * 200) * 0.1)
+    x = np.concatenate(parts).astype(np.float32)
+    return np.stack([x, x])
+
+
+@pytest.mark.parametrize("bpm", [62, 84, 97.5, 120, 143, 176])
+def test_tempo_of_clicks(bpm):
+    found = rhythm.tempo(clicks(bpm))
+    assert rhythm.tempo_agrees(found, bpm), found
+    assert min(abs(found / bpm / o - 1) for o in rhythm.OCTAVES) < 0.01
+
+
+@pytest.mark.parametrize("bpm", [80, 100, 120, 140])
+def test_usual_tempi_are_found_without_octave_errors(bpm):
+    assert rhythm.tempo_agrees(rhythm.tempo(clicks(bpm)), bpm, octaves=(1.0,))
+
+
+def test_tempo_does_not_depend_on_the_level_and_silence_has_none():
+    loud = clicks(112)
+    assert rhythm.tempo(loud) == pytest.approx(rhythm.tempo(0.01 * loud), rel=0.005)
+    assert np.isnan(rhythm.tempo(np.zeros((2, RATE * 5), np.float32)))
+    assert not rhythm.tempo_agrees(float("nan"), 100)
+
+
+def test_tempo_agreement_is_4_percent_and_named_octaves_only():
+    agrees = rhythm.tempo_agrees
+    assert agrees(103.9, 100)
+    assert agrees(96.1, 100)
+    assert agrees(200, 100)
+    assert agrees(33.4, 100)
+    assert agrees(310, 100)
+    assert not any(agrees(x, 100) for x in (104.2, 95.9, 150, 66.7, 75, 133, 400))
+    assert not agrees(200, 100, octaves=(1.0,))
+
+
+@pytest.fixture(scope="module")
+def tracker():
+    from presto_rt.evaluation.notes import NoteTracker
+
+    return NoteTracker()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("basic_pitch") is None or importlib.util.find_spec("onnxruntime") is None,
+    reason="basic-pitch or onnxruntime is not installed",
+)
+class TestNotes:
+    def test_notes_of_a_scale(self, tracker):
+        scale = [60, 62, 64, 65, 67, 69, 71, 72]
+        notes = tracker.track(tones([[p] for p in scale]))
+        onsets = notes.onsets()
+        for n, pitch in enumerate(scale):
+            near = onsets[abs(onsets[:, 0] / 86.13 - n * 0.5) < 0.06]
+            assert pitch - 21 in near[:, 1], (pitch, near)
+        assert notes.density() == 2.0
+        assert set(np.argsort(notes.chroma())[-7:]) == {0, 2, 4, 5, 7, 9, 11}
+
+    @pytest.mark.parametrize("tonic", [0, 3, 6, 10])
+    @pytest.mark.parametrize("mode", ["major", "minor"])
+    def test_key_of_a_cadence(self, tracker, tonic, mode):
+        third = 4 if mode == "major" else 3
+        one, four = [0, third, 7, 12], [5, 5 + third, 12, 17]
+        five = [-5, -1, 2, 7]
+        chords = [one, four, five, one, one, four, five, one]
+        played = tracker.track(tones([[60 + tonic + p for p in c] for c in chords]))
+        scores = tonality.key_scores(played.chroma())
+        found_mode, found = np.unravel_index(scores.argmax(), scores.shape)
+        assert (found, tonality.MODES[found_mode]) == (tonic, mode)
+
+    def test_bass_is_the_lowest_note(self, tracker):
+        played = tracker.track(tones([[45, 60, 64], [45, 62, 65], [45, 64, 67], [45, 60, 67]]))
+        assert played.bass_chroma().argmax() == 9
+        silence = tracker.track(np.zeros((2, RATE), np.float32))
+        assert silence.chroma().sum() == silence.bass_chroma().sum() == 0
+
+
+def test_key_scores_find_their_own_profiles():
+    for mode in (0, 1):
+        for tonic in range(12):
+            chroma = np.roll(tonality.PROFILES["temperley"][mode], tonic)
+            scores = tonality.key_scores(chroma)
+            assert np.unravel_index(scores.argmax(), (2, 12)) == (mode, tonic)
+            assert scores[mode, tonic] == pytest.approx(1.0)
+    assert not tonality.key_scores(np.zeros(12)).any()
+
+
+def test_pitch_classes_and_mirex_score():
+    assert [tonality.pitch_class(n) for n in ("C", "F#", "Gb", "Bb", "B", "Cb", "b")] == [0, 6, 6, 10, 11, 11, 11]
+    for bad in ("", "H", "C$", "sharp"):
+        with pytest.raises(InvalidInput, match="not a note"):
+            tonality.pitch_class(bad)
+    score = tonality.mirex_score
+    assert score((0, "major"), (0, "major")) == 1
+    assert score((7, "major"), (0, "major")) == 0.5
+    assert score((5, "major"), (0, "major")) == 0
+    assert score((9, "minor"), (0, "major")) == 0.3
+    assert score((0, "major"), (9, "minor")) == 0.3
+    assert score((0, "minor"), (0, "major")) == 0.2
+    assert score((2, "minor"), (0, "major")) == 0
+
+
+# ---- captions
+
+
+def record(prompt: str, instruments=("piano",), bpm=96.0, key="Bb", mode="minor") -> dict:
+    return {"prompt": prompt, "instruments": list(instruments), "bpm": bpm, "key": key, "mode": mode}
+
+
+def test_what_a_caption_asks_for():
+    r = record("slow piano and strings, 96 bpm, in Bb minor", ("piano", "strings", "drums"))
+    assert adherence.asked_instruments(r) == {"piano", "strings"}
+    assert adherence.asked_bpm(r) == 96
+    assert adherence.asked_key(r) == (10, "minor")
+    other = record("an electric piano at 120 BPM, B minor", ("piano", "electric piano"))
+    assert adherence.asked_instruments(other) == {"electric piano"}
+    assert adherence.asked_bpm(other) is None
+    assert adherence.asked_key(other) is None
+    assert adherence.asked_key(record("F sharp major", key="F#", mode="major")) == (6, "major")
+    assert adherence.asked_key(record("B-flat minor waltz")) == (10, "minor")
+    assert adherence.asked_key(record("a minor setback", key="A", mode="minor")) == (9, "minor")  # cannot be told apart
+    assert adherence.asked_key(record("G minor", key=None)) is None
+    assert adherence.named("two guitars", "guitar")
+    assert not adherence.named("electric guitar", "guitar")
+    assert not adherence.named("a harpsichord", "harp")
+
+
+def test_auc_of_known_cases():
+    a = np.array
+    assert adherence.auc(a([0.9, 0.8]), a([0.1, 0.2, 0.3])) == 1.0
+    assert adherence.auc(a([0.1]), a([0.5, 0.6])) == 0.0
+    assert adherence.auc(a([0.5, 0.5]), a([0.5])) == 0.5
+    assert adherence.auc(a([0.3, 0.6]), a([0.3, 0.5])) == pytest.approx((0.5 + 0 + 1 + 1) / 4)
+
+
+def test_instrument_auc_averages_instruments_with_enough_clips():
+    tags = ["guitar", "piano", "flute"]
+    meta = [record(f"{n} music", (n,)) for n in ["guitar"] * 10 + ["piano"] * 10 + ["flute"] * 4]
+    scores = np.zeros((24, 3))
+    scores[:10, 0] = 1.0  # guitar: perfect
+    scores[10:15, 1] = 1.0  # piano: half of them heard, the others tie with the rest
+    result = adherence.instrument_auc(scores, tags, meta)
+    assert set(result["per_instrument"]) == {"guitar", "piano"}
+    assert result["per_instrument"]["guitar"].value == 1.0
+    assert result["per_instrument"]["piano"].value == pytest.approx(0.75)
+    assert result["mean"].value == pytest.approx(0.875)
+    assert result["mean"].low < 0.875 < result["mean"].high <= 1.0
+
+
+def test_an_instrument_that_is_there_but_not_asked_for_counts_on_neither_side():
+    meta = (
+        [record("piano", ("piano",))] * 6
+        + [record("music", ("piano", "flute"))] * 6
+        + [record("flute", ("flute",))] * 6
+    )
+    scores = np.repeat([[0.6], [0.9], [0.1]], 6, axis=0)
+    assert adherence.instrument_auc(scores, ["piano"], meta)["per_instrument"]["piano"].value == 1.0
+
+
+def test_tempo_and_key_accuracy_count_only_what_was_asked():
+    meta = [record("96 bpm in Bb minor"), record("96 bpm"), record("Bb minor piano"), record("piano")]
+    scores = np.zeros((4, 2, 12))
+    scores[0, 1, 10] = 1.0
+    scores[2, 0, 1] = 1.0  # Db major, the relative
+    tempo = adherence.tempo_accuracy(np.array([48.0, 70.0, 96.0, 96.0]), meta)
+    assert (tempo.value, tempo.n) == (0.5, 2)
+    key = adherence.key_accuracy(scores, meta)
+    assert (key["exact"].value, key["exact"].n) == (0.5, 2)
+    assert key["mirex"].value == pytest.approx(0.65)
+    silent = adherence.key_accuracy(np.zeros((1, 2, 12)), [record("C major", key="C", mode="major")])
+    assert silent["exact"].value == silent["tonic"].value == silent["mirex"].value == 0
+
+
+def test_shuffling_moves_every_caption():
+    meta = [record(str(i)) for i in range(50)]
+    moved = adherence.shuffled(meta)
+    assert sorted(m["prompt"] for m in moved) == sorted(m["prompt"] for m in meta)
+    assert all(a is not b for a, b in zip(moved, meta, strict=True))
+    assert adherence.shuffled(meta, 0) == moved != adherence.shuffled(meta, 1)
+
+
+def test_diversity_is_the_mean_distance_of_pairs():
+    x = np.array([[0.0, 0.0], [3.0, 4.0], [0.0, 4.0]])
+    assert adherence.diversity(x).value == pytest.approx((5 + 4 + 3) / 3)
