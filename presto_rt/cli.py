@@ -140,10 +140,9 @@ def _add_info(commands: Any) -> None:
 
 
 def _info(a: argparse.Namespace) -> None:
-    from .info import as_text, info
+    from .info import info, info_text
 
-    facts = info()
-    print(json.dumps(facts, indent=1) if a.json else as_text(facts))
+    print(json.dumps(info(), indent=1) if a.json else info_text())
 
 
 def _add_codec(commands: Any) -> None:

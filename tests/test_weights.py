@@ -1,0 +1,67 @@
+"""Weights folders: whole or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import write_tiny_model
+
+from presto_rt import weights
+from presto_rt.errors import OutputError, WeightsError
+
+
+def test_round_trip_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "SHARD_BYTES", 1_000)
+    state = {f"layer.{i}": torch.randn(10, 20) for i in range(7)} | {"step": torch.tensor(3), "bias": torch.randn(5)}
+    weights.save(tmp_path / "m", {"model": {"a": 1}}, {"dit": state, "codec": {"w": torch.ones(2)}})
+    loaded = weights.load(tmp_path / "m")
+    assert loaded.config["model"] == {"a": 1}
+    assert loaded.parts["dit"].keys() == state.keys()
+    assert all(torch.equal(loaded.parts["dit"][k], v) for k, v in state.items())
+    assert len(list((tmp_path / "m").glob("dit-*.safetensors"))) > 3
+
+
+def test_narrow_storage_keeps_vectors_exact(tmp_path: Path) -> None:
+    state = {"w": torch.randn(4, 4), "b": torch.randn(4)}
+    weights.save(tmp_path / "m", {}, {"dit": state}, dtype=torch.bfloat16)
+    loaded = weights.load(tmp_path / "m").parts["dit"]
+    assert torch.equal(loaded["b"], state["b"])
+    assert torch.equal(loaded["w"], state["w"].bfloat16())
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
+    folder = write_tiny_model(tmp_path / "m")
+    victim = sorted(folder.glob("dit-*.safetensors"))[0]
+    data = bytearray(victim.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    elif damage == "truncate":
+        victim.write_bytes(data[:-100])
+    else:
+        victim.unlink()
+    with pytest.raises(WeightsError, match=victim.name):
+        weights.load(folder)
+
+
+def test_damaged_config_and_unknown_model(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "m")
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text[:50])
+    with pytest.raises(WeightsError, match=r"config\.json"):
+        weights.load(folder)
+    (folder / "config.json").write_text(json.dumps({**json.loads(text), "format": 99}))
+    with pytest.raises(WeightsError, match="format 99"):
+        weights.load(folder)
+    with pytest.raises(WeightsError, match="shipped models are"):
+        weights.load("no-such-model")
+
+
+def test_unwritable_target(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        weights.save(tmp_path / "file" / "m", {}, {"dit": {"w": torch.ones(1)}})
