@@ -168,7 +168,8 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 def test_what_a_generation_imports_loads_nothing_optional() -> None:
     names = OPTIONAL + FOREIGN
-    code = f"import sys, presto_rt; presto_rt.Pipeline; presto_rt.Audio; print(*[n for n in {names!r} if n in sys.modules])"
+    used = "import sys, presto_rt; presto_rt.Pipeline; presto_rt.Audio"
+    code = f"{used}; print(*[name for name in {names!r} if name in sys.modules])"
     assert run_python(code).stdout.split() == []
 
 
