@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,7 +28,8 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable, InvalidInput, MissingDependency
 from . import runtime
-from .runtime import check, check_same_device, check_shape, check_tensor, dot, jit, log, tl
+from .choice import Choice
+from .runtime import check, check_same_device, check_shape, check_tensor, dot, jit, tl
 
 LOG2_E = 1.4426950408889634
 Forward = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "int | None", float, "Tensor | None"], Tensor]
@@ -264,63 +264,17 @@ def attention(
     return BACKENDS[backend](q, k, v, key_lengths, window, scale, out)
 
 
-_fastest: dict[tuple[Any, ...], str] = {}
+choice = Choice("attention")
 
 
 def fastest(q: Tensor, k: Tensor, v: Tensor, *, key_lengths: Tensor | None = None, window: int | None = None) -> str:
-    """Name of the backend that "auto" takes for such inputs; measured once per device, dtype, shape, layout and
-    mask.
-    """
+    """Name of the backend that "auto" takes for such inputs; measured once per device, dtype, shape, layout, mask."""
     if not q.is_cuda:
         return "triton" if runtime.use_triton(q) else "sdpa"
+    names = [name for name in MEASURED if name != "triton" or runtime.triton is not None]
+    inputs = (q, k, v, key_lengths, window, q.shape[-1] ** -0.5, None)
     key = (q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), key_lengths is None, window)
-    if key not in _fastest:
-        if torch.cuda.is_current_stream_capturing():
-            _say_unmeasured()
-            return "triton" if runtime.triton is not None else "sdpa"
-        _fastest[key] = _measure(q, k, v, key_lengths, window)
-    return _fastest[key]
-
-
-def _measure(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, window: int | None) -> str:
-    times: dict[str, float] = {}
-    for name in MEASURED:
-        if name == "triton" and runtime.triton is None:
-            continue
-        call = functools.partial(BACKENDS[name], q, k, v, lengths, window, q.shape[-1] ** -0.5, None)
-        try:
-            times[name] = _milliseconds(call)
-        except (
-            RuntimeError,
-            ImportError,
-            ValueError,
-            TypeError,
-        ) as error:  # whatever a peer says when it cannot take the input
-            log.debug("attention backend %s left out: %s", name, error)
-    best = min(times, key=times.__getitem__)
-    listed = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(times.items(), key=lambda pair: pair[1]))
-    log.info("attention on %s, queries %s: %s (%s)", q.device, tuple(q.shape), best, listed)
-    return best
-
-
-def _milliseconds(call: Callable[[], Any], repeats: int = 20) -> float:
-    """Median time of `call` by CUDA events, after three runs to warm up."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
-
-
-@functools.lru_cache(maxsize=1)
-def _say_unmeasured() -> None:
-    log.warning("attention backend not measured before a graph capture; taking Triton's (call attention.fastest first)")
+    return choice.fastest(key, lambda: {name: functools.partial(BACKENDS[name], *inputs) for name in names}, names[0])
 
 
 def _frame_major(q: Tensor) -> Tensor:

@@ -62,6 +62,10 @@ def dot(a, b, acc):
     """
     if INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    if (
+        a.dtype == tl.float8e4nv
+    ):  # Hopper keeps 14 bits of an fp8 sum: every 128 products move on to an fp32 accumulator
+        return tl.dot(a, b, acc, max_num_imprecise_acc=128)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 

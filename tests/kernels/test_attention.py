@@ -77,11 +77,11 @@ def test_auto_measures_once():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU on this machine")
     q, k, v = tensors((1, 4, 256, 256, 64), torch.bfloat16, "cuda")
-    before = set(op._fastest)
+    before = set(op.choice.known)
     first = attention(q, k, v)
-    (key,) = set(op._fastest) - before
-    assert op._fastest[key] in op.MEASURED
-    assert torch.equal(first, attention(q, k, v, backend=op._fastest[key]))
+    (key,) = set(op.choice.known) - before
+    assert op.choice.known[key] in op.MEASURED
+    assert torch.equal(first, attention(q, k, v, backend=op.choice.known[key]))
 
 
 @interpreted_only
