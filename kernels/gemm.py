@@ -175,8 +175,10 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: float, wei
     """x W^T + bias through cuBLASLt or oneDNN, in the dtype of x (fp8: bf16)."""
     if x.dtype not in FP8:
         y = F.linear(x, weight)
-        if weight_scale is not None or x_scale != 1.0:
-            y = y * (x_scale if weight_scale is None else weight_scale * x_scale).to(y.dtype)
+        if weight_scale is not None:
+            y = y * (weight_scale * x_scale).to(y.dtype)
+        elif x_scale != 1.0:
+            y = y * x_scale
         return y if bias is None else y + bias.to(y.dtype)
     if not x.is_cuda:
         return linear_reference(x, weight, bias, x_scale=x_scale, weight_scale=weight_scale)
