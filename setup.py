@@ -24,15 +24,8 @@ SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*
 
 # -ffp-contract=off: no fused multiply-adds, so every operator gives the same bits on every machine and in its torch
 # twin. The other two change no result; they only let the compiler vectorise square roots and selections.
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-]
+FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
 
 
 def compiler() -> list[str] | None:
@@ -79,6 +72,7 @@ class BuildNative(build_ext):
         defines = [f"-D{name}={value}" for name, value in options.items()]
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *generator, *defines], check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
+        target.unlink(missing_ok=True)  # never write into a file that a running process has mapped
         shutil.copyfile(build / target.name, target)
 
     def with_compiler(self, command: list[str], target: Path) -> None:
