@@ -61,7 +61,7 @@ def gemm_kernel(
     # rows and columns past the end read the last one again (cheaper than a mask) and are not stored
     x_at = x_ptr + batch * x_batch + tl.minimum(row, tokens - 1)[:, None].to(tl.int64) * x_token + k[None, :]
     w_at = weight_ptr + tl.minimum(column, columns - 1)[None, :].to(tl.int64) * weight_row + k[:, None]
-    second = columns.to(tl.int64) * weight_row  # SwiGLU: distance of a gate's weights from its value's
+    second = (batch * 0 + columns) * weight_row  # SwiGLU: distance of a gate's weights from its value's
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_gate = tl.zeros((BLOCK_M, BLOCK_N) if ACTIVATION == "swiglu" else (1, 1), tl.float32)
     for start in range(0, depth, BLOCK_K):

@@ -105,7 +105,7 @@ def _kind(value: Any) -> str:
 def resources(compiled: Any, arch: int) -> dict[str, Any]:
     """registers, shared, stack, spills, matrix of a compiled kernel."""
     ptx = compiled.asm["ptx"]
-    words = _ptxas(ptx, arch)
+    words = _ptxas(ptx, arch, [] if compiled.metadata.enable_fp_fusion else ["--fmad=false"])
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", words))
     stack = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", words))
     registers = int(re.search(r"Used (\d+) registers", words)[1])  # type: ignore[index]
@@ -119,7 +119,7 @@ def resources(compiled: Any, arch: int) -> dict[str, Any]:
     }
 
 
-def _ptxas(ptx: str, arch: int) -> str:
+def _ptxas(ptx: str, arch: int, flags: list[str]) -> str:
     """What `ptxas -v` says. Newer Triton writes PTX that only the newer ptxas of its wheel reads, so each is tried."""
     target = re.search(r"\.target (sm_\w+)", ptx)[1]  # type: ignore[index]
     tools = Path(runtime.triton.__file__).parent / "backends" / "nvidia" / "bin"  # type: ignore[union-attr, arg-type]
@@ -130,7 +130,7 @@ def _ptxas(ptx: str, arch: int) -> str:
         for tool in (tools / "ptxas", tools / "ptxas-blackwell"):
             if not tool.exists():
                 continue
-            command = [str(tool), "-v", f"--gpu-name={target}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+            command = [str(tool), "-v", *flags, f"--gpu-name={target}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 return done.stdout + done.stderr
