@@ -192,6 +192,7 @@ def _add_train(commands: Any) -> None:
         p.add_argument("--seed", type=int, default=0)
         if name == "codec":
             p.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone: latents stay valid")
+            p.add_argument("--start-from", metavar="FOLDER", help="begin with a trained codec (a run's final/)")
         else:
             p.add_argument("--model", default="nano", help="a preset: nano, small or medium")
             p.add_argument("--start-from", metavar="CHECKPOINT", help="begin with another run's averaged weights")
@@ -211,10 +212,10 @@ def _add_train(commands: Any) -> None:
 
 
 def _train_codec(a: argparse.Namespace) -> None:
-    from .training.codec import train_codec
+    from .training.codec import CodecTraining, train_codec
 
-    train_codec(a.data, a.run_dir, a.minutes, device=a.device, resume=a.resume, seed=a.seed,
-                freeze_encoder=a.freeze_encoder)  # fmt: skip
+    train_codec(a.data, a.run_dir, a.minutes, a.device, a.resume, settings=CodecTraining(seed=a.seed),
+                freeze_encoder=a.freeze_encoder, start_from=a.start_from)  # fmt: skip
 
 
 def _train_base(a: argparse.Namespace) -> None:

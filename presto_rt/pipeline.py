@@ -117,7 +117,6 @@ class Pipeline:
         return_latents: returns (audio, latents (T, C)) or (list, (B, T, C)). Raises InvalidInput.
         """
         prompts = check_prompts(prompt)
-        seconds = number("seconds", seconds, 0.05, MAX_SECONDS)
         tempos = self._tempos(prompts, bpm)
         seeds = self._seeds(len(prompts), seed)
         plan = self.plan(seconds, steps, sampler, guidance, guidance_interval, cfg_pp, layers)
@@ -151,7 +150,7 @@ class Pipeline:
         scale = number("guidance", defaults.guidance if guidance is None else guidance, 0, 100)
         how = Guidance(scale, guidance_interval or defaults.guidance_interval, cfg_pp)
         how.check(sampler)
-        samples = round(seconds * SAMPLE_RATE)
+        samples = round(number("seconds", seconds, 0.05, MAX_SECONDS) * SAMPLE_RATE)
         levels = karras_levels(steps, config.sigma_min, config.sigma_max, config.rho)
         return Plan(sampler, tuple(levels), how, parse_layers(layers, config.blocks), samples, -(-samples // HOP))
 

@@ -86,9 +86,20 @@ def rotary_table(frames: int, head_dim: int, device: torch.device | str = "cpu")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on (B, H, T, D), first half against second half; fp32 inside."""
+    """Rotary positions on (B, H, T, D), first half against second half, in fp32."""
     a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class QKNorm(nn.Module):
+    """RMS norm over the head dimension in fp32, with a weight per channel."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), 1e-6)
 
 
 class Block(nn.Module):
@@ -97,11 +108,11 @@ class Block(nn.Module):
         d = c.width
         self.heads, self.head_dim = c.heads, c.head_dim
         self.qkv = nn.Linear(d, 3 * d, bias=False)
-        self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, eps=1e-6), nn.RMSNorm(c.head_dim, eps=1e-6)
+        self.q_norm, self.k_norm = QKNorm(c.head_dim), QKNorm(c.head_dim)
         self.out = nn.Linear(d, d)
         self.cross_q = nn.Linear(d, d, bias=False)
         self.cross_kv = nn.Linear(c.text_dim, 2 * d, bias=False)
-        self.cross_q_norm, self.cross_k_norm = nn.RMSNorm(c.head_dim, eps=1e-6), nn.RMSNorm(c.head_dim, eps=1e-6)
+        self.cross_q_norm, self.cross_k_norm = QKNorm(c.head_dim), QKNorm(c.head_dim)
         self.cross_out = nn.Linear(d, d)
         self.up = nn.Linear(d, c.mlp_ratio * d)
         self.down = nn.Linear(c.mlp_ratio * d, d)
@@ -123,12 +134,12 @@ class Block(nn.Module):
     def attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = (self.split(t) for t in self.qkv(x).chunk(3, -1))
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(attend(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2))
 
     def cross_attention(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         q = self.cross_q_norm(self.split(self.cross_q(x)))
         k, v = (self.split(t) for t in self.cross_kv(text).chunk(2, -1))
-        y = attend(q, self.cross_k_norm(k), v, text_mask[:, None, None])
+        y = attend(q.to(v.dtype), self.cross_k_norm(k).to(v.dtype), v, text_mask[:, None, None])
         return self.cross_out(y.transpose(1, 2).flatten(2))
 
 

@@ -44,7 +44,7 @@ class BaseTraining:
     minutes: float
     learning_rate: float = 1e-3
     tokens: int = 2_048
-    frames: tuple[tuple[int, float], ...] = ((128, 0.6), (256, 0.25), (689, 0.15))
+    frames: tuple[tuple[int, float], ...] = ((128, 0.5), (256, 0.25), (689, 0.2), (1_378, 0.05))
     text_dropout: float = 0.1
     beat_dropout: float = 0.3
     p_mean: float = -0.4
@@ -158,7 +158,7 @@ class BaseTrainer:
         self.ema.update(self.model)
         self.step += 1
         self.frames_seen += size * frames
-        return float(loss)
+        return float(loss.detach())
 
     def averaged(self) -> DiT:
         model = DiT(self.model.config).to(self.device)

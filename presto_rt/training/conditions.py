@@ -43,7 +43,7 @@ class LatentSet:
         root = Path(data_root)
         rows, index = root / "latents" / f"{split}.npy", root / "latents" / f"{split}.json"
         if not rows.is_file() or not index.is_file():
-            raise InvalidInput(f"no encoded latents at {rows}: run `presto-rt data encode` after training the codec")
+            raise InvalidInput(f"no encoded latents at {rows}: run `presto-rt train encode` after training the codec")
         self.device = torch.device(device)
         self.latents = torch.from_numpy(np.load(rows)).to(self.device)
         known = {item.id: item for item in load_manifest(root).items}

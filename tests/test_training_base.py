@@ -1,0 +1,122 @@
+"""The base trainer on a small synthetic set of latents: it learns, it resumes, a kill corrupts nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from presto_rt.data.manifest import Item, Manifest
+from presto_rt.errors import InvalidInput
+from presto_rt.training.base import BaseTrainer, BaseTraining, train_base
+from presto_rt.training.common import load_checkpoint
+from presto_rt.training.conditions import FRAME_SECONDS, LatentSet
+
+FRAMES = 200
+OPTIONS = {"tokens": 256, "frames": ((32, 1.0),), "checkpoint_minutes": 0.02}
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Latents in which the caption decides the sign: what the model has to learn from text."""
+    root = tmp_path_factory.mktemp("data")
+    rng, items = np.random.default_rng(0), []
+    (root / "latents").mkdir()
+    for split, count in (("train", 8), ("val", 2)):
+        rows, index = [], []
+        for i in range(count):
+            sign, word = (1, "piano") if i % 2 else (-1, "drums")
+            rows.append((0.45 * sign + 0.1 * rng.standard_normal((FRAMES, 64))).astype(np.float16))
+            index.append({"id": f"{split}{i}", "start": i * FRAMES, "frames": FRAMES})
+            items.append(Item(f"{split}{i}", "solo", split, "x.flac", FRAMES * FRAME_SECONDS, f"c{split}{i}", "", "", "",
+                              [f"{word} music", f"some {word}"], [word], None, 120.0, 4, 0.0))  # fmt: skip
+        np.save(root / "latents" / f"{split}.npy", np.concatenate(rows))
+        (root / "latents" / f"{split}.json").write_text(json.dumps({"items": index}))
+    Manifest(root, 0, items).save()
+    return root
+
+
+def trainer(data_root: Path, run: Path) -> BaseTrainer:
+    from presto_rt.config import preset
+
+    return BaseTrainer(data_root, run, preset("tiny"), BaseTraining(minutes=1, learning_rate=3e-3, **OPTIONS), "cpu")
+
+
+def test_batches(data_root: Path) -> None:
+    held = LatentSet(data_root, "val")
+    x, c = held.batch(np.random.default_rng(0), 6, 50, beat_dropout=0.5)
+    assert x.shape == (6, 50, 64)
+    assert c.beat.shape == (6, 50, 5)
+    assert c.text.shape[::2] == (6, 384)
+    assert {float(b) for b in c.beat[:, 0, 4]} == {0.0, 1.0}
+    assert torch.allclose(c.pooled[0], c.text[0][c.text_mask[0]].mean(0), atol=1e-4)
+    again, _ = LatentSet(data_root, "val").batch(np.random.default_rng(0), 6, 50, beat_dropout=0.5)
+    assert torch.equal(x, again)
+    with pytest.raises(InvalidInput, match="201"):
+        held.batch(np.random.default_rng(0), 1, 201)
+
+
+def test_learns_what_the_text_says(data_root: Path, tmp_path: Path) -> None:
+    t = trainer(data_root, tmp_path)
+    first = float(np.mean([t.train_step(0.3) for _ in range(5)]))
+    for _ in range(120):
+        t.train_step(0.3)
+    last = float(np.mean([t.train_step(0.3) for _ in range(5)]))
+    assert last < 0.5 * first
+    # at high noise only the text tells the sign
+    from presto_rt.diffusion.precond import precondition
+
+    x, c = t.val_set.batch(np.random.default_rng(0), 8, 32, 0.0)
+    with torch.inference_mode():
+        x0 = precondition(t.model, 20 * torch.randn(x.shape), torch.full((8,), 20.0), c, kind="edm", sigma_data=0.5)
+    assert (x0.mean((1, 2)).sign() == x.mean((1, 2)).sign()).all()
+
+
+def test_resumed_run_equals_the_uninterrupted(data_root: Path, tmp_path: Path) -> None:
+    straight = trainer(data_root, tmp_path / "a")
+    for _ in range(6):
+        straight.train_step(0.5)
+    first = trainer(data_root, tmp_path / "b")
+    for _ in range(3):
+        first.train_step(0.5)
+    first.save(12.0)
+    second = trainer(data_root, tmp_path / "b")
+    second.resume()
+    assert (second.step, second.used_seconds) == (3, 12.0)
+    for _ in range(3):
+        second.train_step(0.5)
+    for a, b in zip(straight.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_kill_and_resume(data_root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code = f"from presto_rt.training.base import train_base as t; t({str(data_root)!r}, {str(run)!r}, 30, device='cpu', model='tiny', **{OPTIONS!r})"  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    checkpoint = run / "checkpoint.safetensors"
+    deadline = time.time() + 120
+    while not checkpoint.is_file() and time.time() < deadline:
+        time.sleep(0.2)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, meta = load_checkpoint(checkpoint)
+    assert meta["step"] > 0
+    minutes = meta["used_seconds"] / 60 + 0.03
+    with pytest.raises(InvalidInput, match="--resume"):
+        train_base(data_root, run, minutes, device="cpu", model="tiny", **OPTIONS)
+    figures = train_base(data_root, run, minutes, device="cpu", model="tiny", resume=True, **OPTIONS)
+    assert load_checkpoint(checkpoint)[1]["step"] > meta["step"]
+    assert all(np.isfinite(v) for v in figures.values())
+
+
+def test_missing_latents(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="presto-rt train encode"):
+        LatentSet(tmp_path, "train")
