@@ -1,0 +1,42 @@
+"""Write the README's measured tables from the JSON files in bench/results: `python bench/readme.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import e2e
+from results import RESULTS, replace_section
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def main() -> None:
+    if (data := _read("e2e-cpu")) is not None:
+        rows = data["rows"]
+        note = (f"Medians of {rows[0]['stages']['total']['n']} on {data['machine']['device']} ({rows[0]['dtype']}, "
+                f"{rows[0]['steps']} steps of {rows[0]['sampler']}, guidance {rows[0]['guidance']:g}).")  # fmt: skip
+        replace_section(README, "e2e", f"{note}\n\n{e2e.render(rows)}")
+    if (data := _read("quality-nano")) is not None:
+        from presto_rt.evaluation.report import markdown
+
+        replace_section(README, "quality", markdown(data).strip())
+    if (data := _read("codec")) is not None:
+        replace_section(README, "codec", codec_table(data))
+
+
+def codec_table(report: dict[str, Any]) -> str:
+    """The codec's rows beside Opus, as `presto_rt.evaluation.codec` prints them."""
+    from presto_rt.evaluation.codec import markdown
+
+    return markdown(report).strip()
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+if __name__ == "__main__":
+    main()
