@@ -130,7 +130,15 @@ def _ptxas(ptx: str, arch: int, flags: list[str]) -> str:
         for tool in (tools / "ptxas", tools / "ptxas-blackwell"):
             if not tool.exists():
                 continue
-            command = [str(tool), "-v", *flags, f"--gpu-name={target}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+            command = [
+                str(tool),
+                "-v",
+                *flags,
+                f"--gpu-name={target}",
+                str(source),
+                "-o",
+                str(Path(folder) / "kernel.cubin"),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 return done.stdout + done.stderr
