@@ -1,11 +1,11 @@
 """The codec: 44.1 kHz stereo <-> 64 numbers at 21.53 Hz, a variational autoencoder on spectral magnitudes.
 
-Both sides are a linear map, started from a weighted principal component analysis of the training features, plus a residual network
-whose last layer starts at zero. All layers work at frame rate (21.5 and 86 Hz) and are matrix products over frames; nothing runs at
-sample rate except FFTs. Phase is not coded: see codec_features.
+Both sides are a linear map, started from a weighted principal component analysis of the training features, plus a
+residual network whose last layer starts at zero. All layers work at frame rate (21.5 and 86 Hz) and are matrix
+products over frames; nothing runs at sample rate except FFTs. Phase is not coded: see codec_features.
 
-`Codec.encode` and `Codec.decode` are the whole interface. A better decoder may replace this one as long as the encoder is frozen;
-a new encoder means new latents, and a new diffusion model.
+`Codec.encode` and `Codec.decode` are the whole interface. A better decoder may replace this one as long as the
+encoder is frozen; a new encoder means new latents, and a new diffusion model.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, T, C), standard scale -> normalised log-magnitudes of mid and side and raw cosine, (B, 4 T, 3, bands)."""
+    """Latents (B, T, C), standard scale -> normalised log-magnitudes of mid and side and raw cosine, (B, 4 T, 3,
+    bands)."""
 
     def __init__(self, config: CodecConfig, bands: int) -> None:
         super().__init__()
@@ -122,15 +123,19 @@ class Decoder(nn.Module):
         count = z.shape[1] * FRAMES_PER_LATENT
         x = self.split(self.blocks(self.stem(z)))
         x = self.norm(self.frame_blocks(x.view(z.shape[0], count, self.frame_width)))
-        return (self.linear(z).view(z.shape[0], count, -1).float() + self.head(x).float()).unflatten(-1, (3, self.bands))
+        return (self.linear(z).view(z.shape[0], count, -1).float() + self.head(x).float()).unflatten(
+            -1, (3, self.bands)
+        )
 
 
 class Codec(nn.Module):
-    """Stereo samples <-> latents. Buffers hold the features' mean per band and the latents' mean and scale."""
+    """Stereo samples <-> latents. Buffers: the features' mean per band, the latents' mean and scale, and the
+    gain per band (nats) that makes up for what neighbouring frames of imperfect phase cancel."""
 
     feature_mean: Tensor
     latent_mean: Tensor
     latent_scale: Tensor
+    synthesis_gain: Tensor
 
     def __init__(self, config: CodecConfig | None = None) -> None:
         super().__init__()
@@ -142,6 +147,7 @@ class Codec(nn.Module):
         self.register_buffer("feature_mean", torch.full((2, bands), -8.0))
         self.register_buffer("latent_mean", torch.zeros(self.config.latent_channels))
         self.register_buffer("latent_scale", torch.full((self.config.latent_channels,), SIGMA_DATA))
+        self.register_buffer("synthesis_gain", torch.zeros(bands))
 
     feature_scale = 0.5  # log-magnitudes in nats spread by about 2
 
@@ -159,10 +165,11 @@ class Codec(nn.Module):
 
     @torch.inference_mode()
     def encode(self, samples: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """Samples (B, 2 or 1, N) or (2 or 1, N), float in [-1, 1] at 44.1 kHz -> latents (B, ceil(N / 2048), C) float32, std about 0.5.
+        """Samples (B, 2 or 1, N) or (2 or 1, N), float in [-1, 1] at 44.1 kHz -> latents (B, ceil(N / 2048), C)
+        float32, std about 0.5.
 
-        Mono is doubled; the end is padded with silence. Deterministic: the posterior's mean, unless `sample` asks for a draw.
-        Raises InvalidInput on other shapes, no samples, or values that are not finite.
+        Mono is doubled; the end is padded with silence. Deterministic: the posterior's mean, unless `sample` asks for
+        a draw. Raises InvalidInput on other shapes, no samples, or values that are not finite.
         """
         if samples.ndim == 2:
             samples = samples[None]
@@ -179,20 +186,23 @@ class Codec(nn.Module):
         return (mean - self.latent_mean) * self.latent_scale
 
     def decode_features(self, latents: Tensor) -> Tensor:
-        """Latents (B, T, C) at std 0.5 -> log-magnitudes of mid and side and their cosine, (B, 4 T, 3, bands). Network only."""
+        """Latents (B, T, C) at std 0.5 -> log-magnitudes of mid and side and their cosine, (B, 4 T, 3, bands).
+        Network only."""
         return self.denormalise(self.decoder(latents / self.latent_scale + self.latent_mean))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, frames: int | None = None, griffin_lim: int | None = None) -> Tensor:
         """Latents (B, T, C) or (T, C) at std 0.5 -> stereo samples (B, 2, frames), T * 2048 by default, in [-1, 1].
 
-        `griffin_lim` fast iterations refine the phase (None: the config's number). Raises InvalidInput on other shapes, on values
-        that are not finite, or when `frames` is more than the latents hold.
+        `griffin_lim` fast iterations refine the phase (None: the config's number). Raises InvalidInput on other
+        shapes, on values that are not finite, or when `frames` is more than the latents hold.
         """
         if latents.ndim == 2:
             latents = latents[None]
         if latents.ndim != 3 or latents.shape[2] != self.config.latent_channels or latents.shape[1] == 0:
-            raise InvalidInput(f"latents must have the shape (batch, time, {self.config.latent_channels}), got {tuple(latents.shape)}")
+            raise InvalidInput(
+                f"latents must have the shape (batch, time, {self.config.latent_channels}), got {tuple(latents.shape)}"
+            )
         most = latents.shape[1] * LATENT_HOP
         frames = most if frames is None else frames
         if not 0 < frames <= most:
@@ -203,7 +213,9 @@ class Codec(nn.Module):
         latents = latents.to(self._device(), torch.float32)
         if not torch.isfinite(latents).all():
             raise InvalidInput("latents hold NaN or infinity: the sampler diverged")
-        samples = self.frames.synthesise(self.decode_features(latents), iterations)
+        features = self.decode_features(latents)
+        features[:, :, :2] += self.synthesis_gain
+        samples = self.frames.synthesise(features, iterations)
         return samples[..., :frames].clamp(-1.0, 1.0)
 
     def freeze_encoder(self) -> None:

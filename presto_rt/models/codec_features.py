@@ -1,14 +1,17 @@
-"""What the codec's network sees and predicts: log-spectra of mid and side on a warped frequency axis, and the way back to samples.
+"""What the codec's network sees and predicts: log-spectra of mid and side on a warped frequency axis, and the way
+back to samples.
 
-A frame is one Hann-windowed FFT of 2048 samples, every 512 samples; four frames belong to one latent frame. Frame j of a clip is
-centred on sample 512 j + 256, so that N = 2048 T samples give exactly 4 T frames.
+A frame is one Hann-windowed FFT of 2048 samples, every 512 samples; four frames belong to one latent frame. Frame j
+of a clip is centred on sample 512 j + 256, so that N = 2048 T samples give exactly 4 T frames.
 
-The frequency axis keeps every FFT bin up to `break_hz` and then widens in proportion to frequency: 371 bands instead of 1025
-bins. With true magnitudes this costs 0.2 to 0.3 dB of log-mel distance, and it is a third of the work and of the numbers to learn.
+The frequency axis keeps every FFT bin up to `break_hz` and then widens in proportion to frequency: 371 bands instead
+of 1025 bins. With true magnitudes this costs 0.2 to 0.3 dB of log-mel distance, and it is a third of the work and of
+the numbers to learn.
 
-Phase comes from single-pass spectrogram inversion (Beauregard, Harish, Wyse, DSP 2015) of the two channels' summed energy, and the
-angle between the channels from the predicted cosine; inverting the channels one by one loses the stereo image (side/mid error 12 dB
-against 1.3 dB). Optional fast Griffin-Lim iterations (Perraudin, Balazs, Søndergaard, WASPAA 2013) then make the frames agree.
+Phase comes from single-pass spectrogram inversion (Beauregard, Harish, Wyse, DSP 2015) of the two channels' summed
+energy, and the angle between the channels from the predicted cosine; inverting the channels one by one loses the
+stereo image (side/mid error 12 dB against 1.3 dB). Optional fast Griffin-Lim iterations (Perraudin, Balazs,
+Søndergaard, WASPAA 2013) then make the frames agree.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ POWER_FLOOR = 1e-9  # -90 dB against a full-scale sine
 
 
 def band_centres(break_hz: float) -> np.ndarray:
-    """Centres of the bands in units of FFT bins: 0, 1, 2 ... up to `break_hz`, then steps in proportion to frequency, up to 1024."""
+    """Centres of the bands in units of FFT bins: 0, 1, 2 ... up to `break_hz`, then steps in proportion to frequency,
+    up to 1024."""
     knee = break_hz / (SAMPLE_RATE / N_FFT)
     centres, centre = [], 0.0
     while centre < BINS - 1:
@@ -49,7 +53,8 @@ def hat_filters(centres: np.ndarray) -> np.ndarray:
 
 
 def mel_filters(count: int, low_hz: float = 20.0, high_hz: float = 20000.0) -> np.ndarray:
-    """`count` overlapping triangles, evenly spaced on the mel scale 2595 log10(1 + f/700), peak 1, over FFT bins: (count, bins)."""
+    """`count` overlapping triangles, evenly spaced on the mel scale 2595 log10(1 + f/700), peak 1, over FFT bins:
+    (count, bins)."""
     edges_mel = np.linspace(_mel(low_hz), _mel(high_hz), count + 2)
     edges = 700.0 * (10.0 ** (edges_mel / 2595.0) - 1.0)
     hz = np.arange(BINS) * SAMPLE_RATE / N_FFT
@@ -67,7 +72,8 @@ def _mel(hz: float | np.ndarray) -> float | np.ndarray:
 
 
 def mel_density(centres: np.ndarray) -> np.ndarray:
-    """Width of each band on the mel scale, scaled to a mean of 1, (bands,): how much of hearing's axis a band stands for."""
+    """Width of each band on the mel scale, scaled to a mean of 1, (bands,): how much of hearing's axis a band stands
+    for."""
     hz = centres * SAMPLE_RATE / N_FFT
     edges = np.concatenate([[hz[0]], 0.5 * (hz[1:] + hz[:-1]), [hz[-1]]])
     width = np.diff(_mel(edges))
@@ -116,10 +122,12 @@ class SpectralFrames(nn.Module):
         return torch.cat([power[..., : self.exact], power[..., self.exact :] @ self.averages], -1)
 
     def features(self, samples: Tensor, with_cosine: bool = False) -> Tensor:
-        """Stereo samples (B, 2, 2048 T) -> (B, 4 T, 2 or 3, bands): log-magnitude (nats) of mid and side, cosine between them.
+        """Stereo samples (B, 2, 2048 T) -> (B, 4 T, 2 or 3, bands): log-magnitude (nats) of mid and side, cosine
+        between them.
 
-        Mid is (left + right) / 2, side (left - right) / 2; a band's magnitude is the root of its mean power plus 1e-9. The
-        cosine is the real part of the bands' cross-spectrum over the root of the product of their powers, in [-1, 1].
+        Mid is (left + right) / 2, side (left - right) / 2; a band's magnitude is the root of its mean power plus
+        1e-9. The cosine is the real part of the bands' cross-spectrum over the root of the product of their powers,
+        in [-1, 1].
         """
         mid = self.stft((samples[:, 0] + samples[:, 1]) * 0.5)
         side = self.stft((samples[:, 0] - samples[:, 1]) * 0.5)
@@ -140,7 +148,8 @@ class SpectralFrames(nn.Module):
         return torch.cat([low, start + fraction * (high.index_select(-1, index + 1) - start)], -1)
 
     def istft(self, spectra: Tensor) -> Tensor:
-        """Complex spectra (..., 4 T, 1025) -> samples (..., 2048 T): least-squares overlap-add, the inverse of `stft`."""
+        """Complex spectra (..., 4 T, 1025) -> samples (..., 2048 T): least-squares overlap-add, the inverse of
+        `stft`."""
         frames = torch.fft.irfft(spectra, n=N_FFT)
         frames *= self.window * (N_FFT / 4.0)
         *lead, count, _ = frames.shape
@@ -156,13 +165,15 @@ class SpectralFrames(nn.Module):
         return samples[..., PAD : PAD + count * FRAME_HOP]
 
     def spectra(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Features with cosine (B, 4 T, 3, bands) -> (magnitudes, unit phasors) of left and right, (B, 2, 4 T, 1025) each.
+        """Features with cosine (B, 4 T, 3, bands) -> (magnitudes, unit phasors) of left and right, (B, 2, 4 T, 1025)
+        each.
 
-        One SPSI pass on the root of the two channels' mean power gives the phase of the louder of mid and side in each bin; the
-        other is turned from it by the predicted angle. So both channels move together and the stereo image holds.
+        One SPSI pass on the root of the two channels' mean power gives the phase of the louder of mid and side in
+        each bin; the other is turned from it by the predicted angle. So both channels move together and the stereo
+        image holds.
         """
         bins = self.to_bins(features)
-        mid, side = bins[:, :, 0].exp(), bins[:, :, 1].exp()
+        mid, side = self._magnitude(bins[:, :, 0]), self._magnitude(bins[:, :, 1])
         cosine = bins[:, :, 2].clamp(-1.0, 1.0)
         sine = (1.0 - cosine.square()).sqrt()
         # Mid lies on the real axis, or side does where it is louder; the other is at the angle between them.
@@ -176,8 +187,15 @@ class SpectralFrames(nn.Module):
         phase = spsi((mid.square() + side.square()).sqrt())
         return magnitude, pair / magnitude.clamp_min(1e-9) * phase[:, None]
 
+    @staticmethod
+    def _magnitude(logs: Tensor) -> Tensor:
+        # The floor that analysis added is taken off again, twice over: left in, silent bins would hum at -90 dB each, and the
+        # 60 bins of a mel band near 16 kHz together at -72 dB.
+        return ((2.0 * logs).exp() - 2.0 * POWER_FLOOR).clamp_min(1e-16).sqrt()
+
     def synthesise(self, features: Tensor, griffin_lim: int = 0, momentum: float = 0.99) -> Tensor:
-        """Features with cosine (B, 4 T, 3, bands) -> stereo samples (B, 2, 2048 T), after `griffin_lim` fast iterations."""
+        """Features with cosine (B, 4 T, 3, bands) -> stereo samples (B, 2, 2048 T), after `griffin_lim` fast
+        iterations."""
         magnitude, phasor = self.spectra(features.float())
         previous: Tensor | None = None
         for _ in range(griffin_lim):
@@ -189,7 +207,8 @@ class SpectralFrames(nn.Module):
 
 
 def spsi(magnitude: Tensor) -> Tensor:
-    """Unit phasors, complex64, for magnitudes (channels, frames, 1025), on the magnitudes' device; C++ where it is built."""
+    """Unit phasors, complex64, for magnitudes (channels, frames, 1025), on the magnitudes' device; C++ where it is
+    built."""
     array = np.ascontiguousarray(magnitude.detach().cpu().numpy(), dtype=np.float32)
     if native.lib is not None and hasattr(native.lib, "spsi"):
         phasors = native.lib.spsi(array, FRAME_HOP, N_FFT)
@@ -201,9 +220,9 @@ def spsi(magnitude: Tensor) -> Tensor:
 def spsi_numpy(magnitude: np.ndarray, hop: int = FRAME_HOP, n_fft: int = N_FFT) -> np.ndarray:
     """Single-pass spectrogram inversion: magnitudes (channels, frames, bins) -> unit phasors (same shape), complex64.
 
-    Each local maximum is a sinusoid: a parabola through it and its neighbours gives its frequency, its phase advances by frequency
-    times hop from the same bin's phase one frame earlier, and the bins between the valleys on its sides share it. The twin of
-    csrc/spsi.cpp, which says more.
+    Each local maximum is a sinusoid: a parabola through it and its neighbours gives its frequency, its phase advances
+    by frequency times hop from the same bin's phase one frame earlier, and the bins between the valleys on its sides
+    share it. The twin of csrc/spsi.cpp, which says more.
     """
     channels, frames, bins = magnitude.shape
     if bins != n_fft // 2 + 1:

@@ -1,7 +1,8 @@
 """Training the codec within a budget of minutes, on whatever device there is.
 
-`train_codec` starts from a PCA of the data, trains encoder and decoder (or, with the encoder frozen, the decoder alone), writes a
-checkpoint every few minutes from which a killed run resumes, and leaves the averaged weights in `run_dir`/final.
+`train_codec` starts from a PCA of the data, trains encoder and decoder (or, with the encoder frozen, the decoder
+alone), writes a checkpoint every few minutes from which a killed run resumes, and leaves the averaged weights in
+`run_dir`/final.
 
     python -m presto_rt.training.codec --data data --run runs/codec --minutes 45
 """
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from presto_rt.data.dataset import frames_of, items, load_manifest, read_audio
 from presto_rt.errors import InvalidInput, WeightsError
 from presto_rt.models.codec import SIGMA_DATA, Codec, CodecConfig
-from presto_rt.models.codec_features import LATENT_HOP, SAMPLE_RATE
-from presto_rt.training.codec_data import FeatureStore
+from presto_rt.models.codec_features import LATENT_HOP, POWER_FLOOR, SAMPLE_RATE, band_centres, mel_filters
+from presto_rt.training.codec_data import RECORDED, RENDERED, FeatureStore
 from presto_rt.training.codec_loss import CodecLoss, start_from_pca
 from presto_rt.training.common import (
     Ema,
@@ -43,7 +46,8 @@ CHECKPOINT = "last.safetensors"
 
 @dataclass(frozen=True)
 class CodecTraining:
-    """Settings of a run. `latents` is a crop's length in latent frames; linear paths learn at `linear_rate` x `rate`."""
+    """Settings of a run. `latents` is a crop's length in latent frames; linear paths learn at `linear_rate` x
+    `rate`."""
 
     batch: int = 10
     latents: int = 24
@@ -55,8 +59,9 @@ class CodecTraining:
     ema: float = 0.998
     kl_weight: float = 1e-3
     rendered_share: float = 0.6
-    hours: tuple[float, float] = (4.0, 2.5)
-    pca_frames: int = 80000
+    hours: tuple[float, float] = (3.0, 2.0)
+    pca_frames: int = 60000
+    gain_clips: int = 32
     checkpoint_minutes: float = 3.0
     log_every: int = 50
     compile: bool = True
@@ -78,9 +83,10 @@ def train_codec(
 ) -> Codec:
     """Train for `minutes` of wall time (those of a resumed run included) and return the codec with averaged weights.
 
-    `start_from` is a folder with codec.safetensors and config.json to start from instead of a PCA; `freeze_encoder` then trains the
-    decoder alone and leaves every latent as it was. Stops early, cleanly, on SIGINT and SIGTERM. Raises InvalidInput where the
-    data set has no audio for training, WeightsError where `resume` finds no whole checkpoint.
+    `start_from` is a folder with codec.safetensors and config.json to start from instead of a PCA; `freeze_encoder`
+    then trains the decoder alone and leaves every latent as it was. Stops early, cleanly, on SIGINT and SIGTERM.
+    Raises InvalidInput where the data set has no audio for training, WeightsError where `resume` finds no whole
+    checkpoint.
     """
     settings = settings or CodecTraining()
     run = Path(run_dir)
@@ -118,7 +124,10 @@ def train_codec(
     trainer.ema.copy_to(codec)
     if not (freeze_encoder or start_from is not None):
         fit_latent_scale(codec, store, settings)
-    _write_final(codec, run / "final")
+    clips = training_clips(data_root, settings.gain_clips, 5.0, settings.seed)
+    if clips:
+        fit_synthesis_gain(codec, clips)
+    write_codec(codec, run / "final")
     return codec
 
 
@@ -200,7 +209,9 @@ class _Trainer:
             self.codec.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
             unpack_optimizer(self.optimizer, tensors, meta["optim"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise WeightsError(f"the checkpoint does not fit this training ({error}): start a new run folder") from error
+            raise WeightsError(
+                f"the checkpoint does not fit this training ({error}): start a new run folder"
+            ) from error
         self.ema.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("ema.")}, meta["ema_updates"])
         self.step = meta["step"]
         torch.set_rng_state(tensors["torch_rng"])
@@ -232,14 +243,18 @@ def _loop(
             speed = seconds_per_step * settings.log_every / (now - mark)
             mark = now
             log.write(trainer.step, **sums, rate=rate, audio_seconds_per_second=speed, elapsed=stopper.elapsed())
-            bar.set_postfix_str(f"step {trainer.step} loss {sums['total']:.3f} mel {sums['mel']:.2f} dB {speed:.0f} audio-s/s")
+            bar.set_postfix_str(
+                f"step {trainer.step} loss {sums['total']:.3f} mel {sums['mel']:.2f} dB {speed:.0f} audio-s/s"
+            )
             bar.update(round(stopper.elapsed()) - bar.n)
             sums = {}
         if time.monotonic() - saved > settings.checkpoint_minutes * 60.0:
             trainer.save(run / CHECKPOINT, stopper, rng)
             if validation is not None:
                 parts = trainer.evaluate(validation)
-                tqdm.write(f"step {trainer.step}: validation loss {parts.total:.4f}, mel {parts.mel:.3f} dB, kl {parts.kl:.1f}")
+                tqdm.write(
+                    f"step {trainer.step}: validation loss {parts.total:.4f}, mel {parts.mel:.3f} dB, kl {parts.kl:.1f}"
+                )
             if store.refresh(limit_seconds=900.0) > 0:
                 tqdm.write(f"audio seconds in memory: {store.seconds}")
             saved = mark = time.monotonic()
@@ -258,13 +273,11 @@ def _validation(root: str | os.PathLike[str], codec: Codec, settings: CodecTrain
 
 @torch.no_grad()
 def fit_latent_scale(codec: Codec, store: FeatureStore, settings: CodecTraining, crops: int = 400) -> None:
-    """Set the latents' mean and scale so that training audio encodes to mean 0 and standard deviation 0.5 in each channel."""
+    """Set the latents' mean and scale so that training audio encodes to mean 0 and standard deviation 0.5 per channel."""
     rng = np.random.default_rng(settings.seed + 1)
     means = []
     for _ in range(crops // 20):
-        features = store.sample(20, 4 * settings.latents, rng, settings.rendered_share, augment=False) if _long(
-            store, 4 * settings.latents
-        ) else store.sample(20, settings.latents, rng, settings.rendered_share, augment=False)
+        features = store.sample(20, settings.latents, rng, settings.rendered_share, augment=False)
         features = features.to(codec.latent_mean.device).float()
         means.append(codec.encoder(codec.normalise(features[:, :, :2]))[0].flatten(0, 1))
     latents = torch.cat(means)
@@ -272,13 +285,52 @@ def fit_latent_scale(codec: Codec, store: FeatureStore, settings: CodecTraining,
     codec.latent_scale.copy_(SIGMA_DATA / latents.std(0).clamp_min(1e-3))
 
 
-def _long(store: FeatureStore, latents: int) -> bool:
-    return any(len(part) >= 4 * latents for parts in store.groups.values() for part in parts)
+@torch.inference_mode()
+def fit_synthesis_gain(codec: Codec, clips: Sequence[np.ndarray], rounds: int = 2, bands: int = 40) -> None:
+    """Set the gain per band so that decoded clips have the level of the originals, in the median over frames.
+
+    Frames of imperfect phase cancel in part where they overlap, noise-like high bands by 3 dB. `clips` are training clips
+    (2, n) float32 at 44.1 kHz; levels are compared in mel bands of left and right where the original is above -75 dB.
+    """
+    mels = torch.from_numpy(mel_filters(bands)).float()
+    peaks = mels.argmax(1).numpy()
+    bins = band_centres(codec.config.break_hz)
+    codec.synthesis_gain.zero_()
+    latents = [codec.encode(torch.from_numpy(clip)[None]) for clip in clips]
+    for _ in range(rounds):
+        missing: list[list[Tensor]] = [[] for _ in range(bands)]
+        for clip, z in zip(clips, latents, strict=True):
+            decoded = codec.decode(z, clip.shape[1])[0].cpu()
+            whole = clip.shape[1] // LATENT_HOP * LATENT_HOP
+            pair = torch.stack([torch.from_numpy(clip)[:, :whole], decoded[:, :whole]])
+            power = codec.frames.cpu().stft(pair).abs().square() @ mels.T
+            difference = 0.5 * ((power[0] + POWER_FLOOR).log() - (power[1] + POWER_FLOOR).log())
+            heard = power[0] > 10.0**-7.5
+            for band in range(bands):
+                missing[band].append(difference[..., band][heard[..., band]])
+        medians = [float(torch.cat(m).median()) if sum(map(len, m)) > 100 else 0.0 for m in missing]
+        correction = np.interp(bins, peaks, medians)
+        codec.frames.to(codec.latent_mean.device)
+        codec.synthesis_gain += torch.from_numpy(correction).to(codec.synthesis_gain)
 
 
-def _write_final(codec: Codec, folder: Path) -> None:
+def training_clips(root: str | os.PathLike[str], count: int, seconds: float, seed: int = 0) -> list[np.ndarray]:
+    """`count` random clips (2, n) float32 of the training split, half rendered and half recorded as far as there are any."""
+    manifest, rng, frames = load_manifest(root), np.random.default_rng(seed), int(seconds * SAMPLE_RATE)
+    clips = []
+    for kinds in (RENDERED, RECORDED):
+        long = [i for i in items(manifest, "train", kinds) if frames_of(i) >= frames]
+        for index in rng.permutation(len(long))[: count // 2]:
+            start = int(rng.integers(0, frames_of(long[index]) - frames + 1))
+            clips.append(read_audio(long[index], start, frames, root=root))
+    return clips
+
+
+def write_codec(codec: Codec, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write codec.safetensors, weight matrices in `dtype` and all else in float32, and config.json to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(folder / "codec.safetensors", codec.state_dict(), {})
+    state = {name: value.to(dtype) if value.ndim > 1 else value for name, value in codec.state_dict().items()}
+    save_checkpoint(folder / "codec.safetensors", state, {})
     temporary = folder / "config.json.tmp"
     temporary.write_text(json.dumps(codec.config.to_dict(), indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, folder / "config.json")
@@ -289,10 +341,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m presto_rt.training.codec", description="Train the codec.")
     parser.add_argument("--data", default="data", help="data set folder")
     parser.add_argument("--run", default="runs/codec", help="run folder: checkpoints, log, final weights")
-    parser.add_argument("--minutes", type=float, required=True, help="wall time to train for, earlier parts of a resumed run included")
+    parser.add_argument(
+        "--minutes", type=float, required=True, help="wall time to train for, earlier parts of a resumed run included"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
-    parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone: latents stay as they are")
+    parser.add_argument(
+        "--freeze-encoder", action="store_true", help="train the decoder alone: latents stay as they are"
+    )
     parser.add_argument("--start-from", help="folder of a trained codec to start from")
     parser.add_argument("--batch", type=int, default=CodecTraining.batch)
     parser.add_argument("--rate", type=float, default=CodecTraining.rate)
@@ -300,7 +356,14 @@ def main() -> None:
     a = parser.parse_args()
     settings = CodecTraining(batch=a.batch, rate=a.rate, compile=not a.no_compile)
     train_codec(
-        a.data, a.run, a.minutes, a.device, a.resume, settings=settings, freeze_encoder=a.freeze_encoder, start_from=a.start_from
+        a.data,
+        a.run,
+        a.minutes,
+        a.device,
+        a.resume,
+        settings=settings,
+        freeze_encoder=a.freeze_encoder,
+        start_from=a.start_from,
     )
 
 

@@ -1,7 +1,8 @@
 """Training data of the codec: spectral features of the data set, held in memory as float16, and random crops of them.
 
-Features are computed once per stretch of audio instead of once per crop: a training step then costs no FFT. One audio second takes
-192 kB; `hours` caps each kind. Gain and left/right swap, the augmentations, are additions and a sign in this domain.
+Features are computed once per stretch of audio instead of once per crop: a training step then costs no FFT. One audio
+second takes 192 kB; `hours` caps each kind. Gain and left/right swap, the augmentations, are additions and a sign in
+this domain.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ LOWEST = 0.5 * float(np.log(POWER_FLOOR))
 class FeatureStore:
     """Features (frames, 3, bands), float16, of stretches of the training items, by group: "rendered" and "recorded".
 
-    A stretch is at most `stretch_seconds` long, at a random place of its item, so that a capped group still covers many pieces.
+    A stretch is at most `stretch_seconds` long, at a random place of its item, so that a capped group still covers
+    many pieces.
     """
 
     def __init__(
@@ -58,11 +60,14 @@ class FeatureStore:
 
     @torch.inference_mode()
     def refresh(self, limit_seconds: float = float("inf"), progress: bool = False) -> float:
-        """Take in items that the manifest has gained, up to the caps and to `limit_seconds` of audio; returns the seconds added."""
+        """Take in items that the manifest has gained, up to the caps and to `limit_seconds` of audio; returns the
+        seconds added."""
         added = 0.0
         for group, waiting in self._waiting():
             room = min(self.caps[group] - self.seconds[group], limit_seconds - added)
-            bar = tqdm(total=round(max(room, 0.0)), desc=f"features, {group}", unit="s", disable=not progress, leave=False)
+            bar = tqdm(
+                total=round(max(room, 0.0)), desc=f"features, {group}", unit="s", disable=not progress, leave=False
+            )
             for item in waiting:
                 if room <= 0.0:
                     break
@@ -85,7 +90,12 @@ class FeatureStore:
         return count / SAMPLE_RATE
 
     def sample(
-        self, batch: int, latents: int, generator: np.random.Generator, rendered_share: float = 0.6, augment: bool = True
+        self,
+        batch: int,
+        latents: int,
+        generator: np.random.Generator,
+        rendered_share: float = 0.6,
+        augment: bool = True,
     ) -> Tensor:
         """Random crops (batch, 4 latents, 3, bands) float16; a crop is "rendered" with probability `rendered_share`.
 
@@ -94,7 +104,9 @@ class FeatureStore:
         count = latents * FRAMES_PER_LATENT
         usable = {g: [f for f in parts if len(f) >= count] for g, parts in self.groups.items()}
         if not any(usable.values()):
-            raise InvalidInput(f"no training audio of {latents} latent frames under {self.root}: build the data set first")
+            raise InvalidInput(
+                f"no training audio of {latents} latent frames under {self.root}: build the data set first"
+            )
         lengths = {g: np.cumsum([len(f) for f in parts]) for g, parts in usable.items() if parts}
         crops = []
         for _ in range(batch):

@@ -30,7 +30,8 @@ class CodecLoss(nn.Module):
     """Distances between predicted and true frames, on mid, side, left and right.
 
     - log: L1 of log-magnitudes, weighted by the square root of each band's width in mel;
-    - bands: L1 of the log-power in 40, 80 and 160 mel bands. The L1 of log-magnitudes alone is a median, which loses energy;
+    - bands: L1 of the log-power in 40, 80 and 160 mel bands. The L1 of log-magnitudes alone is a median, which loses
+      energy;
     - pooled: the same, of power averaged over a latent's four frames;
     - compressed: L1 of magnitude^0.4, which holds on to the loud partials;
     - kl: divergence of the posterior from a standard normal, summed over channels.
@@ -96,16 +97,19 @@ class CodecLoss(nn.Module):
 
 @torch.no_grad()
 def start_from_pca(codec: Codec, features: Tensor) -> float:
-    """Set the linear paths and the feature mean from runs of four frames (n, 4, 3, bands); returns the share of variance kept.
+    """Set the linear paths and the feature mean from runs of four frames (n, 4, 3, bands); returns the share of
+    variance kept.
 
-    Principal components are taken of features weighted by the square root of their loss weights, and whitened: latents start with
-    unit variance and uncorrelated. The cosine starts as the least-squares fit on them.
+    Principal components are taken of features weighted by the square root of their loss weights, and whitened:
+    latents start with unit variance and uncorrelated. The cosine starts as the least-squares fit on them.
     """
     features = features.to(codec.latent_mean.device)
     codec.feature_mean.copy_(features[:, :, :2].mean((0, 1)))
     flat = codec.normalise(features[:, :, :2]).flatten(1)
     weight = torch.from_numpy(mel_density(band_centres(codec.config.break_hz))).float().to(flat.device).sqrt()
-    weight = (weight * torch.tensor([[1.0], [SIDE_WEIGHT]], device=flat.device)).sqrt().flatten().repeat(FRAMES_PER_LATENT)
+    weight = (
+        (weight * torch.tensor([[1.0], [SIDE_WEIGHT]], device=flat.device)).sqrt().flatten().repeat(FRAMES_PER_LATENT)
+    )
     centre = flat.mean(0)
     weighted = (flat - centre) * weight
     values, vectors = torch.linalg.eigh(weighted.T @ weighted / len(weighted))

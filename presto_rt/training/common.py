@@ -1,7 +1,9 @@
-"""Pieces that every trainer shares: averaged weights, crash-proof checkpoints, logs, a clean stop, a time-budget schedule.
+"""Pieces that every trainer shares: averaged weights, crash-proof checkpoints, logs, a clean stop, a time-budget
+schedule.
 
-A trainer here has a budget in minutes, not in steps. `Stopper.progress()` runs from 0 to 1 over that budget, `schedule()` turns
-it into a learning-rate factor, so that a run always lands on its final learning rate, whatever the machine's speed was.
+A trainer here has a budget in minutes, not in steps. `Stopper.progress()` runs from 0 to 1 over that budget,
+`schedule()` turns it into a learning-rate factor, so that a run always lands on its final learning rate, whatever the
+machine's speed was.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ def schedule(progress: float, *, warmup: float = 0.02, final: float = 0.02, shap
 class Stopper:
     """Says when a run is over: at its deadline, or after SIGINT or SIGTERM.
 
-    `minutes` is the whole budget; `used_seconds` is what earlier runs of the same training have used of it. Use it as a context
-    manager: signal handlers are installed on entry and put back on exit (only in the main thread, where Python allows it).
+    `minutes` is the whole budget; `used_seconds` is what earlier runs of the same training have used of it. Use it as
+    a context manager: signal handlers are installed on entry and put back on exit (only in the main thread, where
+    Python allows it).
     """
 
     def __init__(self, minutes: float, used_seconds: float = 0.0) -> None:
@@ -94,7 +97,8 @@ class Stopper:
 class Ema:
     """Exponential moving average of a module's floating-point state (parameters and buffers), kept in float32.
 
-    The decay ramps up as min(decay, (1 + n) / (10 + n)) over the first updates, so that early averages are not the initialisation.
+    The decay ramps up as min(decay, (1 + n) / (10 + n)) over the first updates, so that early averages are not the
+    initialisation.
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
@@ -134,16 +138,19 @@ class Ema:
         """Take over saved averages. Raises WeightsError where names or shapes differ."""
         for name, value in self.shadow.items():
             if name not in state or state[name].shape != value.shape:
-                raise WeightsError(f"the checkpoint's EMA lacks {name!r} in shape {tuple(value.shape)}: start a new run folder")
+                raise WeightsError(
+                    f"the checkpoint's EMA lacks {name!r} in shape {tuple(value.shape)}: start a new run folder"
+                )
             value.copy_(state[name])
         self.updates = updates
 
 
 def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write tensors and metadata to one safetensors file so that a kill at any moment leaves the old or the new file whole.
+    """Write tensors and metadata to one safetensors file so that a kill at any moment leaves the old or the new file
+    whole.
 
-    `meta` is anything JSON can hold; it travels in the file's header. Written beside the target, flushed to disk, renamed over it.
-    Raises OutputError when the folder cannot be written.
+    `meta` is anything JSON can hold; it travels in the file's header. Written beside the target, flushed to disk,
+    renamed over it. Raises OutputError when the folder cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(path.name + f".tmp{os.getpid()}")
@@ -162,7 +169,8 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], meta: Mappi
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what save_checkpoint wrote: (tensors by name, metadata). Raises WeightsError on a missing or damaged file."""
+    """Read what save_checkpoint wrote: (tensors by name, metadata). Raises WeightsError on a missing or damaged
+    file."""
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"no checkpoint at {path}: check the run folder, or start without resume")
@@ -176,7 +184,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str = "optim") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimizer's state into (tensors named 'prefix.<parameter>.<key>', JSON-ready rest) for save_checkpoint."""
+    """Split an optimizer's state into (tensors named 'prefix.<parameter>.<key>', JSON-ready rest) for
+    save_checkpoint."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
     state = optimizer.state_dict()
@@ -204,8 +213,8 @@ def unpack_optimizer(
 class TrainLog:
     """Scalars to `folder`/log.csv, and to TensorBoard where it is installed.
 
-    The CSV's columns are fixed by the first row; a resumed run appends under the same header and drops rows past `from_step`
-    (those after the last checkpoint), so steps never repeat.
+    The CSV's columns are fixed by the first row; a resumed run appends under the same header and drops rows past
+    `from_step` (those after the last checkpoint), so steps never repeat.
     """
 
     def __init__(self, folder: str | Path, from_step: int = 0, tensorboard: bool = True) -> None:

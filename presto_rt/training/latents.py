@@ -1,0 +1,133 @@
+"""Encoding a data set once, into files that a trainer can map into memory.
+
+For each split: `<split>.npy`, float16, (total frames, 64), all items one after the other, and `<split>.json`, which
+says where each item lies: {"items": [{"id", "start", "frames"}, ...], "total_frames", "channels", "codec", "done",
+"complete"}. The order is the order of ids, and encoding is deterministic, so a run that was killed goes on after the last
+item recorded and ends at the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from presto_rt.data.dataset import Item, frames_of, items, load_manifest, read_audio
+from presto_rt.errors import InvalidInput
+from presto_rt.models.codec import Codec
+from presto_rt.models.codec_features import LATENT_HOP
+
+RENDERED = ("solo", "duo", "band")
+
+
+def encode_dataset(
+    data_root: str | os.PathLike[str],
+    codec: Codec,
+    out_dir: str | os.PathLike[str],
+    *,
+    splits: Iterable[str] = ("train", "val", "test"),
+    kinds: Iterable[str] = RENDERED,
+    progress: bool = True,
+) -> dict[str, int]:
+    """Encode all items of `kinds` and return the number of latent frames for each split.
+
+    Resumes where an earlier call with the same codec and items stopped; a split that was encoded by another codec, or
+    from other items, is encoded anew. Raises InvalidInput where no split has items of these kinds.
+    """
+    manifest = load_manifest(data_root)
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    stamp = codec_stamp(codec)
+    kinds = tuple(kinds)
+    totals = {}
+    for split in splits:
+        chosen = sorted(items(manifest, split, kinds), key=lambda item: item.id)
+        totals[split] = _encode_split(data_root, codec, out, split, chosen, stamp, progress)
+    if not any(totals.values()):
+        raise InvalidInput(f"{data_root} has no items of kinds {', '.join(kinds)}: build the data set first")
+    return totals
+
+
+def codec_stamp(codec: Codec) -> str:
+    """SHA-256 over the weights that latents depend on: encoder and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(codec.state_dict().items()):
+        if not name.startswith("decoder."):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_latents(folder: str | os.PathLike[str], split: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """The memory-mapped latents (total frames, 64) float16 of a split, and its index. Raises InvalidInput where they
+    are missing."""
+    array, index = Path(folder) / f"{split}.npy", Path(folder) / f"{split}.json"
+    if not array.is_file() or not index.is_file():
+        raise InvalidInput(f"no latents of split {split!r} in {folder}: encode the data set first")
+    return np.load(array, mmap_mode="r"), json.loads(index.read_text(encoding="utf-8"))
+
+
+def _encode_split(
+    root: str | os.PathLike[str], codec: Codec, out: Path, split: str, chosen: list[Item], stamp: str, progress: bool
+) -> int:
+    lengths = [-(-frames_of(item) // LATENT_HOP) for item in chosen]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(int)
+    total = int(starts[-1])
+    index_path, array_path = out / f"{split}.json", out / f"{split}.npy"
+    index: dict[str, Any] = {
+        "codec": stamp,
+        "channels": codec.config.latent_channels,
+        "total_frames": total,
+        "items": [
+            {"id": item.id, "start": int(start), "frames": length}
+            for item, start, length in zip(chosen, starts[:-1], lengths, strict=True)
+        ],
+    }
+    done = _done(index_path, array_path, index)
+    shape = (total, codec.config.latent_channels)
+    if total == 0:
+        _write_json(index_path, {**index, "done": 0, "complete": True})
+        np.save(array_path, np.zeros(shape, np.float16))
+        return 0
+    latents = np.lib.format.open_memmap(array_path, mode="r+" if done else "w+", dtype=np.float16, shape=shape)
+    bar = tqdm(total=round(sum(i.seconds for i in chosen)), desc=f"latents, {split}", unit="s", disable=not progress)
+    for number, item in enumerate(chosen):
+        if number >= done:
+            samples = torch.from_numpy(read_audio(item, root=root))
+            encoded = codec.encode(samples)[0].cpu().numpy()
+            if len(encoded) != lengths[number]:
+                raise InvalidInput(f"{item.id} is not {item.seconds} s long as the manifest says: rebuild the data set")
+            latents[starts[number] : starts[number + 1]] = encoded
+            if number % 100 == 99:
+                latents.flush()
+                _write_json(index_path, {**index, "done": number + 1, "complete": False})
+        bar.update(round(item.seconds))
+    bar.close()
+    latents.flush()
+    _write_json(index_path, {**index, "done": len(chosen), "complete": True})
+    return total
+
+
+def _done(index_path: Path, array_path: Path, index: dict[str, Any]) -> int:
+    """Items that an earlier run with the same codec and the same items has finished."""
+    if not index_path.is_file() or not array_path.is_file():
+        return 0
+    try:
+        found = json.loads(index_path.read_text(encoding="utf-8"))
+    except ValueError:
+        return 0
+    same = all(found.get(key) == value for key, value in index.items())
+    return int(found["done"]) if same else 0
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value), encoding="utf-8")
+    os.replace(temporary, path)
