@@ -7,20 +7,28 @@ TORCH ?= 2.13.0
 PROMPT ?= calm piano with warm strings, 84 bpm
 ARGS ?=
 
+# The budgets of `make model`: hours of music, minutes of training.
+HOURS ?= 25
+CODEC_MINUTES ?= 50
+BASE_MINUTES ?= 60
+
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # A change in any of these means installing again, which also rebuilds the C++ operators.
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+SANITIZED_TESTS := tests/test_noise.py tests/test_overlap.py tests/test_pcm.py tests/test_codec_features.py
 TEST_EXTRAS := dev,train,data,eval,triton
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sanitize lint format typecheck bench wheel clean
+.PHONY: help demo test model test-sanitize lint format typecheck bench wheel clean
 
 help:
 	@echo "make demo       a 32 s clip from a prompt, in demo.wav"
 	@echo "make test       all tests (with what the trainers and judges need)"
+	@echo "make test-sanitize  the C++ operators' tests under address and undefined-behaviour sanitizers"
 	@echo "make lint       ruff and clang-format, changing nothing;  make format: changing files"
 	@echo "make typecheck  mypy over the public modules"
+	@echo "make model      the shipped model again from nothing, in out/nano (hours; see docs/training.md)"
 	@echo "make bench      the benchmarks in bench/"
 	@echo "make wheel      a wheel in dist/"
 	@echo "make clean      removes what was built, not .venv"
@@ -48,6 +56,14 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-tests
 	$(BIN)/python -m pytest -q $(ARGS)
 
+# The C++ tests against a build with sanitizers, in build/sanitize; needs CMake, Ninja and g++.
+test-sanitize: $(VENV)/.installed-tests
+	cmake -S . -B build/sanitize -G Ninja -DPRESTO_RT_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	    -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	cmake --build build/sanitize
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    PRESTO_RT_SANITIZED=build/sanitize $(BIN)/python -m pytest -q -p tests.sanitized $(SANITIZED_TESTS)
+
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,6 +77,19 @@ format: $(VENV)/.installed-tests
 typecheck: $(VENV)/.installed-tests
 	$(BIN)/mypy
 
+$(VENV)/.installed-training: $(VENV)/.installed
+	@echo "installing what data and training need"
+	@$(INSTALL) -e ".[data,train]"
+	@touch $@
+
+# Killed and started again, it goes on where it was.
+model: $(VENV)/.installed-training
+	$(BIN)/presto-rt data build --hours $(HOURS)
+	$(BIN)/presto-rt train codec --minutes $(CODEC_MINUTES) $$(test ! -e runs/codec/last.safetensors || echo --resume)
+	$(BIN)/presto-rt train encode
+	$(BIN)/presto-rt train base --minutes $(BASE_MINUTES) --resume
+	$(BIN)/presto-rt train pack out/nano --defaults '{"steps": 32, "sampler": "dpmpp_2m", "guidance": 2.0}'
+
 bench: $(VENV)/.installed-tests
 	@for file in bench/*.py bench/kernels/*.py; do \
 	    if [ -f "$$file" ]; then echo "== $$file"; $(BIN)/python "$$file" || exit 1; fi; done
@@ -72,5 +101,5 @@ wheel: $(VENV)/.installed
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f presto_rt/_C.*.so $(VENV)/.installed $(VENV)/.installed-tests
+	rm -f presto_rt/_C.*.so $(VENV)/.installed*
 	find presto_rt kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
