@@ -43,7 +43,7 @@ $(VENV)/.installed: $(BUILD_FILES) | $(BIN)/python
 	@$(INSTALL) -e .
 	@touch $@
 
-# Some judges pin frameworks that are not used here, so they are installed without what they ask for.
+# Some judges and the synthesizer pin packages that are not used here, so they are installed without what they ask for.
 $(VENV)/.installed-tests: $(VENV)/.installed requirements/judges-nodeps.txt
 	@echo "installing what the tests need"
 	@$(INSTALL) -e ".[$(TEST_EXTRAS)]"
@@ -80,6 +80,7 @@ typecheck: $(VENV)/.installed-tests
 $(VENV)/.installed-training: $(VENV)/.installed
 	@echo "installing what data and training need"
 	@$(INSTALL) -e ".[data,train]"
+	@$(INSTALL) --no-deps -r requirements/judges-nodeps.txt
 	@touch $@
 
 # Killed and started again, it goes on where it was.
