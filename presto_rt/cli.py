@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -81,19 +82,19 @@ def _generate(a: argparse.Namespace) -> None:
     for path in paths:
         check_writable(path, a.subtype)
     started = time.perf_counter()
+    from .noise import check_seed
     from .pipeline import load
 
+    first = secrets.randbits(63) if a.seed is None else check_seed(a.seed)
     model = load(a.model, device=a.device, dtype=a.dtype, backend=a.backend)
     loaded = time.perf_counter() - started
     options = {"negative_prompt": a.negative_prompt, "seconds": a.seconds, "bpm": a.bpm, "steps": a.steps,
                "sampler": a.sampler, "guidance": a.guidance, "cfg_pp": a.cfg_pp, "layers": a.layers}  # fmt: skip
     model.plan(a.seconds, a.steps, a.sampler, a.guidance, None, a.cfg_pp, a.layers)  # bad settings before any work
-    first, made = a.seed, []
+    made = []
     for i, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
         with _Bar(f"clip {i + 1}/{len(prompts)}", silent=a.quiet or a.json) as bar:
-            seed = None if first is None else (first + i) % 2**64
-            audio = model.generate(prompt, seed=seed, callback=bar, **options)
-        first = audio.seed - i if first is None and audio.seed >= i else first
+            audio = model.generate(prompt, seed=(first + i) % 2**64, callback=bar, **options)
         begin = time.perf_counter()
         audio.save(path, a.subtype)
         timings = {"load": loaded, **audio.timings, "save": time.perf_counter() - begin}

@@ -65,10 +65,10 @@ def test_batches(data_root: Path) -> None:
 
 def test_learns_what_the_text_says(data_root: Path, tmp_path: Path) -> None:
     t = trainer(data_root, tmp_path)
-    first = float(np.mean([t.train_step(0.3) for _ in range(5)]))
+    first = float(np.mean([t.train_step(0.3)["loss"] for _ in range(5)]))
     for _ in range(120):
         t.train_step(0.3)
-    last = float(np.mean([t.train_step(0.3) for _ in range(5)]))
+    last = float(np.mean([t.train_step(0.3)["loss"] for _ in range(5)]))
     assert last < 0.5 * first
     # at high noise only the text tells the sign
     from presto_rt.diffusion.precond import precondition

@@ -199,19 +199,33 @@ class DiT(nn.Module):
         return replace(like, text=self.null_text.to(like.text.dtype).expand(b, -1, -1), text_mask=mask,
                        pooled=self.null_pooled.to(like.pooled.dtype).expand(b, -1))  # fmt: skip
 
-    def forward(self, x: Tensor, c_noise: Tensor, condition: Condition, blocks: Sequence[int] | None = None) -> Tensor:
-        """x: (B, T, C) scaled by c_in; c_noise: (B,); blocks: which run, in order (None: all). Returns (B, T, C)."""
+    def forward(self, x: Tensor, c_noise: Tensor, condition: Condition, blocks: Sequence[int] | None = None,
+                budget: float | None = None) -> Tensor:  # fmt: skip
+        """x: (B, T, C) scaled by c_in; c_noise: (B,); blocks: which run, in order (None: all). Returns (B, T, C).
+
+        budget: the share of blocks that the network is told will run; None tells the truth.
+        """
         run = range(len(self.blocks)) if blocks is None else blocks
-        budget = torch.full_like(c_noise, len(run) / len(self.blocks), dtype=torch.float32)
+        h, cond = self.trunk(x, c_noise, condition, run, len(run) / len(self.blocks) if budget is None else budget)
+        shift, scale = self.modulation(cond)[:, None].chunk(2, -1)
+        return self.output(norm(h) * (1 + scale) + shift)
+
+    def hidden(self, x: Tensor, c_noise: Tensor, condition: Condition, depth: int) -> Tensor:
+        """Activations (B, T, width) after the first `depth` blocks of a full-depth run."""
+        return self.trunk(x, c_noise, condition, range(depth), 1.0)[0]
+
+    def trunk(self, x: Tensor, c_noise: Tensor, condition: Condition, blocks: Sequence[int],
+              budget: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Activations after `blocks`, and the condition vector."""
         dtype = self.input.weight.dtype
-        cond = self.condition_vector(c_noise, condition.pooled, condition.seconds, budget)
+        told = torch.full_like(c_noise, budget, dtype=torch.float32)
+        cond = self.condition_vector(c_noise, condition.pooled, condition.seconds, told)
         rope = rotary_table(x.shape[1], self.config.head_dim, x.device)
         text = condition.text.to(dtype)
         h = self.input(x.to(dtype)) + self.beat(condition.beat.to(dtype))
-        for index in run:
+        for index in blocks:
             h = self.blocks[index](h, cond, text, condition.text_mask, rope)
-        shift, scale = self.modulation(cond)[:, None].chunk(2, -1)
-        return self.output(norm(h) * (1 + scale) + shift)
+        return h, cond
 
 
 def drop_text(model: DiT, condition: Condition, dropped: Tensor) -> Condition:

@@ -273,7 +273,7 @@ def _validation(root: str | os.PathLike[str], codec: Codec, settings: CodecTrain
 
 @torch.no_grad()
 def fit_latent_scale(codec: Codec, store: FeatureStore, settings: CodecTraining, crops: int = 400) -> None:
-    """Set the latents' mean and scale so that training audio encodes to mean 0 and standard deviation 0.5 per channel."""
+    """Set the latents' mean and scale: training audio encodes to mean 0 and standard deviation 0.5 per channel."""
     rng = np.random.default_rng(settings.seed + 1)
     means = []
     for _ in range(crops // 20):
@@ -289,8 +289,8 @@ def fit_latent_scale(codec: Codec, store: FeatureStore, settings: CodecTraining,
 def fit_synthesis_gain(codec: Codec, clips: Sequence[np.ndarray], rounds: int = 2, bands: int = 40) -> None:
     """Set the gain per band so that decoded clips have the level of the originals, in the median over frames.
 
-    Frames of imperfect phase cancel in part where they overlap, noise-like high bands by 3 dB. `clips` are training clips
-    (2, n) float32 at 44.1 kHz; levels are compared in mel bands of left and right where the original is above -75 dB.
+    Frames of imperfect phase cancel in part where they overlap, noise-like high bands by 3 dB. `clips` are training
+    clips (2, n) float32 at 44.1 kHz; levels are compared in mel bands of left and right where the original is above -75 dB.
     """
     mels = torch.from_numpy(mel_filters(bands)).float()
     peaks = mels.argmax(1).numpy()
@@ -315,7 +315,7 @@ def fit_synthesis_gain(codec: Codec, clips: Sequence[np.ndarray], rounds: int = 
 
 
 def training_clips(root: str | os.PathLike[str], count: int, seconds: float, seed: int = 0) -> list[np.ndarray]:
-    """`count` random clips (2, n) float32 of the training split, half rendered and half recorded as far as there are any."""
+    """`count` random clips (2, n) float32 of the training split, half rendered, half recorded if there are any."""
     manifest, rng, frames = load_manifest(root), np.random.default_rng(seed), int(seconds * SAMPLE_RATE)
     clips = []
     for kinds in (RENDERED, RECORDED):

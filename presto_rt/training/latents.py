@@ -2,8 +2,8 @@
 
 For each split: `<split>.npy`, float16, (total frames, 64), all items one after the other, and `<split>.json`, which
 says where each item lies: {"items": [{"id", "start", "frames"}, ...], "total_frames", "channels", "codec", "done",
-"complete"}. The order is the order of ids, and encoding is deterministic, so a run that was killed goes on after the last
-item recorded and ends at the same bytes.
+"complete"}. The order is the order of ids, and encoding is deterministic, so a run that was killed goes on after the
+last item recorded and ends at the same bytes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,35 @@
+"""Noise levels of the distillation losses: which distribution each loss draws from, by name.
+
+"train"      p(s_train): ln s ~ N(P_mean, P_std^2)
+"inference"  p(s_inf): uniform along the sampler's ladder
+"ladder:N"   the N levels that an N-step sampler visits, as DMD2 does
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..diffusion.schedule import inference_levels, karras_levels, training_levels
+from ..errors import InvalidInput
+
+
+def check_levels(name: str) -> None:
+    """Raises InvalidInput for a name that `draw_levels` would not know."""
+    kind, _, steps = name.partition(":")
+    if name in ("train", "inference") or (kind == "ladder" and steps.isdigit() and int(steps) >= 1):
+        return
+    raise InvalidInput(f'noise levels are "train", "inference" or "ladder:STEPS", not {name!r}')
+
+
+def draw_levels(name: str, u: Tensor, config: ModelConfig, mean: float = -0.4, std: float = 1.0) -> Tensor:
+    """Noise levels from uniform numbers u (B,) in (0, 1)."""
+    check_levels(name)
+    if name == "train":
+        return training_levels(u, mean, std).clamp(config.sigma_min, config.sigma_max)
+    if name == "inference":
+        return inference_levels(u, config.sigma_min, config.sigma_max, config.rho)
+    steps = int(name.partition(":")[2])
+    ladder = torch.tensor(karras_levels(steps, config.sigma_min, config.sigma_max, config.rho)[:-1], device=u.device)
+    return ladder[(u * steps).long().clamp_max(steps - 1)]
