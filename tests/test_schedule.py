@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from presto_rt.diffusion.schedule import (
     LayerSchedule,
+    budget_schedule,
     inference_levels,
     karras_levels,
     keep_last,
@@ -59,6 +60,18 @@ def test_layer_schedule_round_trip(depth: int, data: st.DataObject) -> None:
         blocks = schedule.blocks(sigma)
         assert blocks[-1] == depth - 1
         assert blocks == next(b for upper, b in rows if sigma <= upper)
+
+
+@given(depth=st.integers(4, 32), share=st.floats(0.3, 1.0), shifted=st.booleans())
+def test_budget_schedule(depth: int, share: float, shifted: bool) -> None:
+    """The average is the budget, counts fall with noise, and a shifted drop never loses the last block."""
+    schedule = budget_schedule(depth, share, shifted=shifted)
+    counts = [len(blocks) for _, blocks in schedule.rows]
+    assert abs(sum(counts) / len(counts) / depth - share) < 0.06
+    assert counts == sorted(counts, reverse=True)
+    for _, blocks in schedule.rows:
+        assert blocks[-1] == (depth - 1 if shifted else len(blocks) - 1)
+    assert LayerSchedule.from_json(schedule.to_json()) == schedule
 
 
 @pytest.mark.parametrize(

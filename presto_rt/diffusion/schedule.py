@@ -86,6 +86,32 @@ def keep_last(depth: int, count: int) -> tuple[int, ...]:
     return (*range(count - 1), depth - 1)
 
 
+def budget_schedule(
+    depth: int, share: float, *, shifted: bool = True, parts: int = 10, sigma_min: float = 0.002,
+    sigma_max: float = 80.0, rho: float = 7.0,
+) -> LayerSchedule:  # fmt: skip
+    """Fewer blocks at higher noise, `share` of them on average over the ladder p(s_inf), in `parts` equal parts.
+
+    The ramp from clean to noisy falls linearly, as ASE's published schedule does (28 28 24 24 20 20 16 16 12 12 of 28;
+    Moon et al. 2024): from at most all blocks to at least a quarter. Counts are whole; what rounding leaves over is
+    carried on to the next part, and the counts are put in falling order. shifted: the last block always runs
+    and those before it are dropped (Presto-L); else a prefix runs (ASE). Raises InvalidInput for a share that cannot be.
+    """
+    if not 0.25 <= share <= 1.0:
+        raise InvalidInput(f"a layer budget must be a share from 25% to 100%, not {share:.0%}")
+    low = max(2 * share - 1, 0.25)
+    high = 2 * share - low
+    levels = inference_levels(torch.arange(parts, -1, -1, dtype=torch.float64) / parts, sigma_min, sigma_max, rho)
+    counts, carried = [], 0.0
+    for part in range(parts):
+        wanted = depth * (high + (low - high) * part / (parts - 1)) + carried
+        counts.append(min(max(round(wanted), 1), depth))
+        carried = wanted - counts[-1]
+    uppers = [*levels[1:-1].tolist(), float("inf")]
+    chosen = [keep_last(depth, n) if shifted else tuple(range(n)) for n in sorted(counts, reverse=True)]
+    return LayerSchedule(depth, tuple(zip(uppers, chosen, strict=True)))
+
+
 def parse_layers(layers: object, depth: int) -> LayerSchedule:
     """A schedule from what a user writes: None, a count (6), a share ("60%"), or a LayerSchedule."""
     if layers is None:
