@@ -185,7 +185,9 @@ def _add_train(commands: Any) -> None:
     jobs = train.add_subparsers(dest="job", required=True, metavar="JOB")
     for name, what in (("codec", "the audio codec"), ("base", "the diffusion model on the codec's latents")):
         p = jobs.add_parser(name, help=f"train {what}")
-        p.add_argument("--minutes", type=float, required=True, help="time budget; a resumed run counts what it has used")
+        p.add_argument(
+            "--minutes", type=float, required=True, help="time budget; a resumed run counts what it has used"
+        )
         p.add_argument("--data", default="data", help="the folder of `presto-rt data build`")
         p.add_argument("--run", dest="run_dir", default=f"runs/{name}", help="checkpoints and logs go here")
         p.add_argument("--device", default="auto")

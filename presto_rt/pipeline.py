@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,10 +86,6 @@ class Pipeline:
         self.dit = dit.to(device, dtype).eval().requires_grad_(False)
         self.codec = codec.to(device).eval().requires_grad_(False)
 
-    @overload
-    def generate(self, prompt: str, **options: Any) -> Audio: ...
-    @overload
-    def generate(self, prompt: Sequence[str], **options: Any) -> list[Audio]: ...
     def generate(
         self,
         prompt: str | Sequence[str],
@@ -252,7 +248,9 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
         dit.load_state_dict({k: v.float() for k, v in loaded.parts["dit"].items()})
         codec.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in loaded.parts["codec"].items()})
     except (KeyError, RuntimeError) as error:
-        raise WeightsError(f"the weights of {name} do not fit their configuration: {str(error).splitlines()[0]}") from error
+        raise WeightsError(
+            f"the weights of {name} do not fit their configuration: {str(error).splitlines()[0]}"
+        ) from error
     return Pipeline(dit, codec, device=where, dtype=_dtype(dtype, where), name=Path(name).name,
                     defaults=Defaults.from_dict(loaded.config.get("defaults", {})))  # fmt: skip
 

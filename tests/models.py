@@ -1,4 +1,4 @@
-"""A small random model in a weights folder: quick to run, and every parameter is random so that its output is not zero."""
+"""A small random model in a weights folder: quick to run, every parameter random so that its output is not zero."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from presto_rt.models.codec import Codec, CodecConfig
 from presto_rt.models.dit import DiT
 
 CODEC = CodecConfig(
-    encoder_width=32, encoder_blocks=1, decoder_width=32, decoder_blocks=1, frame_width=16, frame_blocks=1, griffin_lim=0
+    encoder_width=32,
+    encoder_blocks=1,
+    decoder_width=32,
+    decoder_blocks=1,
+    frame_width=16,
+    frame_blocks=1,
+    griffin_lim=0,
 )
 
 

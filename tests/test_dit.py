@@ -21,7 +21,9 @@ def random_dit(seed: int = 0) -> DiT:
 
 def condition(b: int = 2, t: int = 9, length: int = 5) -> Condition:
     mask = torch.ones(b, length, dtype=torch.bool)
-    return Condition(torch.randn(b, length, 384), mask, torch.randn(b, 384), torch.full((b,), 3.0), torch.randn(b, t, 5))
+    return Condition(
+        torch.randn(b, length, 384), mask, torch.randn(b, 384), torch.full((b,), 3.0), torch.randn(b, t, 5)
+    )
 
 
 @torch.inference_mode()

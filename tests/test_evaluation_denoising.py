@@ -107,13 +107,19 @@ def test_bad_input_is_refused(tmp_path):
     with pytest.raises(InvalidInput, match="no recording"):
         denoising.crops([x], 1000, 1)
     with pytest.raises(InvalidInput, match="no latents"):
-        denoising.load_latents(tmp_path, "test")
+        denoising.load_pieces(tmp_path, "test")
 
 
-def test_latents_are_found_by_split(tmp_path):
-    for name in ("a", "b"):
-        np.save(tmp_path / f"{name}.npy", np.full((5, 2), ord(name), np.float32))
-    index = {"items": [{"file": "a.npy", "split": "train"}, {"file": "b.npy", "split": "test"}]}
-    (tmp_path / "index.json").write_text(json.dumps(index))
-    assert denoising.load_latents(tmp_path, "test")[0][0, 0] == ord("b")
-    assert len(denoising.load_latents(tmp_path)) == 2
+def test_pieces_are_cut_out_of_a_split(tmp_path):
+    rows = np.arange(40, dtype=np.float16).reshape(20, 2)
+    np.save(tmp_path / "train.npy", rows)
+    entries = [
+        {"id": "a", "start": 0, "frames": 5},
+        {"id": "b", "start": 5, "frames": 8},
+        {"id": "c", "start": 13, "frames": 7},
+    ]
+    (tmp_path / "train.json").write_text(json.dumps({"items": entries, "done": 2}))
+    pieces = denoising.load_pieces(tmp_path, "train")
+    assert [len(p) for p in pieces] == [5, 8]
+    np.testing.assert_array_equal(pieces[1], rows[5:13])
+    assert [len(p) for p in denoising.load_pieces(tmp_path, "train", most=7)] == [5]

@@ -17,7 +17,7 @@ from presto_rt.pipeline import Pipeline, load
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
-    yield load(write_tiny_model(tmp_path_factory.mktemp("weights") / "tiny"), dtype="float32")
+    return load(write_tiny_model(tmp_path_factory.mktemp("weights") / "tiny"), dtype="float32")
 
 
 def test_same_seed_same_bits(model: Pipeline) -> None:

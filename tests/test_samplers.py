@@ -6,6 +6,7 @@ function P_s at noise level s and its inverse Q_s. That gives an exact answer fo
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -92,7 +93,7 @@ def test_convergence_order(name: str, order: int) -> None:
     for steps in (64, 128, 256):
         levels = karras_levels(steps + 1, 0.05, 10.0, end_at_zero=False)
         errors.append(float((sample(name, exact_denoise, x, levels, no_noise) - truth).abs().mean()))
-    measured = [math.log2(a / b) for a, b in zip(errors[:-1], errors[1:], strict=True)]
+    measured = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert all(abs(m - order) < 0.3 for m in measured), (measured, errors)
 
 

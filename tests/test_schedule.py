@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -27,7 +28,7 @@ def test_levels_fall_to_zero(steps: int, rho: float) -> None:
     assert len(levels) == steps + 1
     assert levels[0] == pytest.approx(80.0)
     assert levels[-1] == 0.0
-    assert all(a > b for a, b in zip(levels[:-1], levels[1:], strict=True))
+    assert all(a > b for a, b in itertools.pairwise(levels))
     if steps > 1:
         assert levels[-2] == pytest.approx(0.002, rel=1e-6)
 

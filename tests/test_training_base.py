@@ -35,8 +35,8 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             sign, word = (1, "piano") if i % 2 else (-1, "drums")
             rows.append((0.45 * sign + 0.1 * rng.standard_normal((FRAMES, 64))).astype(np.float16))
             index.append({"id": f"{split}{i}", "start": i * FRAMES, "frames": FRAMES})
-            items.append(Item(f"{split}{i}", "solo", split, "x.flac", FRAMES * FRAME_SECONDS, f"c{split}{i}", "", "", "",
-                              [f"{word} music", f"some {word}"], [word], None, 120.0, 4, 0.0))  # fmt: skip
+            items.append(Item(f"{split}{i}", "solo", split, "x.flac", FRAMES * FRAME_SECONDS, f"c{split}{i}", "", "",
+                              "", [f"{word} music", f"some {word}"], [word], None, 120.0, 4, 0.0))  # fmt: skip
         np.save(root / "latents" / f"{split}.npy", np.concatenate(rows))
         (root / "latents" / f"{split}.json").write_text(json.dumps({"items": index}))
     Manifest(root, 0, items).save()
@@ -98,7 +98,8 @@ def test_resumed_run_equals_the_uninterrupted(data_root: Path, tmp_path: Path) -
 
 def test_kill_and_resume(data_root: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    code = f"from presto_rt.training.base import train_base as t; t({str(data_root)!r}, {str(run)!r}, 30, device='cpu', model='tiny', **{OPTIONS!r})"  # fmt: skip
+    call = f"train_base({str(data_root)!r}, {str(run)!r}, 30, device='cpu', model='tiny', **{OPTIONS!r})"
+    code = f"from presto_rt.training.base import train_base; {call}"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     checkpoint = run / "checkpoint.safetensors"
     deadline = time.time() + 120

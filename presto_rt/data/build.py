@@ -144,7 +144,8 @@ def _quiet() -> None:
 
 def _indices(seed: int, hours: float) -> list[int]:
     """The pieces that make up `hours`; kinds are drawn independently, so every prefix is representative."""
-    total, chosen = 0.0, []
+    total = 0.0
+    chosen: list[int] = []
     while total < hours * 3600:
         chosen.append(len(chosen))
         total += plan(seed, chosen[-1]).seconds

@@ -24,7 +24,7 @@ _DENSITY = {"sparse": ("sparse", "simple", "minimal"), "medium": ("flowing",), "
 
 
 def tempo_class(bpm: float) -> str:
-    """"slow" below 85 bpm, "fast" above 120, else "moderate"."""
+    """ "slow" below 85 bpm, "fast" above 120, else "moderate"."""
     return "slow" if bpm < 85 else "fast" if bpm > 120 else "moderate"
 
 
@@ -71,7 +71,7 @@ class _Words:
         self.instruments = names
 
     def listing(self) -> str:
-        """"flute", "flute and guitar", "flute, guitar and drums"."""
+        """ "flute", "flute and guitar", "flute, guitar and drums"."""
         names = self.instruments
         return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
@@ -81,7 +81,7 @@ def _article(text: str) -> str:
 
 
 def _short(rng: random.Random, w: _Words, number: bool) -> str:
-    """"slow piano, 70 bpm"."""
+    """ "slow piano, 70 bpm"."""
     subject = w.style + " " + w.instruments[0] if w.kind != "band" and rng.random() < 0.5 else w.style or w.listing()
     lead = rng.choice((w.tempo, w.mood, "")) if number else rng.choice((w.tempo, w.mood))
     subject = subject if w.kind == "band" or w.instruments[0] in subject else f"{subject} {w.listing()}"
@@ -89,7 +89,7 @@ def _short(rng: random.Random, w: _Words, number: bool) -> str:
 
 
 def _classic(rng: random.Random, w: _Words, number: bool) -> str:
-    """"slow sad piano in D minor, 70 bpm"."""
+    """ "slow sad piano in D minor, 70 bpm"."""
     first = "" if w.mood == w.tempo else w.tempo
     key = f" in {w.key}" if w.key and rng.random() < 0.7 else ""
     if w.kind == "band":
@@ -100,7 +100,7 @@ def _classic(rng: random.Random, w: _Words, number: bool) -> str:
 
 
 def _sentence(rng: random.Random, w: _Words, number: bool) -> str:
-    """"an upbeat bossa nova with flute and guitar, 128 bpm"."""
+    """ "an upbeat bossa nova with flute and guitar, 128 bpm"."""
     noun = w.style if w.style and w.style not in ("jazz", "folk", "funk", "rock", "metal") else f"{w.style} piece"
     if w.kind != "band" and rng.random() < 0.5:
         noun = f"{w.style} {w.kind}"
@@ -114,7 +114,7 @@ def _sentence(rng: random.Random, w: _Words, number: bool) -> str:
 
 
 def _tags(rng: random.Random, w: _Words, number: bool) -> str:
-    """"flute, guitar, bossa nova, 128 bpm, D major, cheerful"."""
+    """ "flute, guitar, bossa nova, 128 bpm, D major, cheerful"."""
     tags = [t for t in (w.style, w.key, w.mood, w.tempo, w.density) if t]
     rng.shuffle(tags)
     tags = [*w.instruments, *tags[: rng.randint(1, 3)]]
@@ -124,7 +124,7 @@ def _tags(rng: random.Random, w: _Words, number: bool) -> str:
 
 
 def _with_key(rng: random.Random, w: _Words, number: bool) -> str:
-    """"D minor, 70 bpm, solo piano"."""
+    """ "D minor, 70 bpm, solo piano"."""
     subject = {"solo": f"solo {w.instruments[0]}", "duo": f"{w.listing()} duo", "band": f"{w.style} band"}[w.kind]
     if w.kind == "solo" and rng.random() < 0.5:
         subject = f"{w.density} {w.instruments[0]} solo"
@@ -134,7 +134,9 @@ def _with_key(rng: random.Random, w: _Words, number: bool) -> str:
 
 
 def _for_style(rng: random.Random, w: _Words, number: bool) -> str:
-    """"cheerful bossa nova music, flute melody, fast"."""
+    """ "cheerful bossa nova music, flute melody, fast"."""
     music = f"{w.mood} {w.style} music" if w.style else f"{w.mood} music"
     played = f"played on {w.listing()}" if w.kind == "solo" else f"with {w.listing()}"
-    return f"{music} {played}, " + (f"{w.tempo}, {w.bpm}" if number and rng.random() < 0.5 else w.bpm if number else w.tempo)
+    return f"{music} {played}, " + (
+        f"{w.tempo}, {w.bpm}" if number and rng.random() < 0.5 else w.bpm if number else w.tempo
+    )

@@ -6,6 +6,7 @@ A third solos, a quarter duos, the rest bands; tempo constant, key and tempo dra
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from presto_rt.data import textures
@@ -28,7 +29,7 @@ class Instrument:
     program: int
     low: int
     high: int
-    textures: dict[str, float]
+    textures: Mapping[str, float]
     weight: float = 1.0
 
     @property
@@ -83,6 +84,8 @@ _DRUMS_WEIGHT = 3.0
 _SINGERS = [i for i in INSTRUMENTS if "melody" in i.textures and i.program not in (19, 16, 52, 48)] + [INSTRUMENTS[0]]
 _BACKINGS = [i for i in INSTRUMENTS if i.program in (0, 4, 16, 19, 24, 25, 27, 46, 48, 52, 89, 21, 11, 6)]
 _BACKING_TEXTURES = {"hands": "chords"}
+_CHORDAL = {"chords": textures.block_chords, "arpeggio": textures.arpeggio, "sustained": textures.sustained}
+Made = tuple[Score, str | None, list[str]]  # notes, style, instruments
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,9 @@ def plan(seed: int, index: int) -> Plan:
         tune_share = 0.15 if groove.harmony == "triads" else 0.0
     else:
         weights = [i.weight for i in INSTRUMENTS]
-        drawn = rng.choices([*INSTRUMENTS, None], [*weights, _DRUMS_WEIGHT])[0] if kind == "solo" else rng.choice(_SINGERS)
+        drawn = (
+            rng.choices([*INSTRUMENTS, None], [*weights, _DRUMS_WEIGHT])[0] if kind == "solo" else rng.choice(_SINGERS)
+        )
         instrument = drawn
         beats, bpm = rng.choice((4, 4, 4, 3)), rng.randint(60, 180)
         can_sing = instrument is not None and {"melody", "hands"} & set(instrument.textures)
@@ -150,7 +155,17 @@ def plan(seed: int, index: int) -> Plan:
     bars = max(4, round((target - TAIL_SECONDS - offset) / bar_seconds))
     composition = f"tune:{tune.id}" if tune else f"chords:{seed}:{index}"
     return Plan(
-        index, kind, bpm, beats, bars, offset, composition, groove, tune, instrument, offset + bars * bar_seconds + TAIL_SECONDS
+        index,
+        kind,
+        bpm,
+        beats,
+        bars,
+        offset,
+        composition,
+        groove,
+        tune,
+        instrument,
+        offset + bars * bar_seconds + TAIL_SECONDS,
     )
 
 
@@ -195,7 +210,9 @@ def _density(rng: random.Random, bpm: int) -> str:
 
 
 def _chords(rng: random.Random, the_plan: Plan, key: Key) -> list[Chord]:
-    harmony = the_plan.groove.harmony if the_plan.groove else rng.choices(("triads", "sevenths", "blues"), (8, 1.5, 0.5))[0]
+    harmony = (
+        the_plan.groove.harmony if the_plan.groove else rng.choices(("triads", "sevenths", "blues"), (8, 1.5, 0.5))[0]
+    )
     if harmony == "blues":
         return blues(key, the_plan.bars)
     return progression(rng, key, the_plan.bars, sevenths=harmony == "sevenths")
@@ -262,12 +279,12 @@ def _part(
         return textures.bass_line(rng, frame, channel, low, high)
     if texture == "strum":
         return textures.strum(rng, frame, channel, low, high)
-    function = {"chords": textures.block_chords, "arpeggio": textures.arpeggio, "sustained": textures.sustained}[texture]
+    function = _CHORDAL[texture]
     base = low + rng.randint(2, 8) if texture == "arpeggio" else max(low, 46)
     return function(rng, frame, channel, base, min(high, base + (30 if texture == "arpeggio" else 24)))
 
 
-def _solo(rng: random.Random, the_plan: Plan, frame: Frame, melody: list[Note] | None):  # noqa: ANN202
+def _solo(rng: random.Random, the_plan: Plan, frame: Frame, melody: list[Note] | None) -> Made:
     instrument = the_plan.instrument
     if instrument is None:
         style = rng.choice(list(textures.KITS))
@@ -279,7 +296,7 @@ def _solo(rng: random.Random, the_plan: Plan, frame: Frame, melody: list[Note] |
     return Score(notes, {0: instrument.program}), _plain_style(the_plan, frame), [instrument.name]
 
 
-def _duo(rng: random.Random, the_plan: Plan, frame: Frame, melody: list[Note] | None):  # noqa: ANN202
+def _duo(rng: random.Random, the_plan: Plan, frame: Frame, melody: list[Note] | None) -> Made:
     singer = the_plan.instrument
     assert singer is not None
     lead = _part(rng, frame, singer, "melody", 0, melody)
@@ -299,7 +316,7 @@ def _duo(rng: random.Random, the_plan: Plan, frame: Frame, melody: list[Note] | 
     return score, _plain_style(the_plan, frame), [singer.name, backing.name]
 
 
-def _band(rng: random.Random, the_plan: Plan, frame: Frame, melody: list[Note] | None):  # noqa: ANN202
+def _band(rng: random.Random, the_plan: Plan, frame: Frame, melody: list[Note] | None) -> Made:
     groove = the_plan.groove
     assert groove is not None
     flats = frame.key.flats

@@ -35,7 +35,9 @@ def read_audio(
     root: str | os.PathLike[str],
     dtype: str = "float32",
 ) -> np.ndarray:
-    """Samples of an item, shape (2, n), "float32" in [-1, 1] or "int16"; n = `frames`, or what is left from `start_frame`.
+    """Samples of an item, shape (2, n), "float32" in [-1, 1] or "int16".
+
+    n = `frames`, or all that is left from `start_frame`.
 
     Raises InvalidInput when the asked part is not inside the file, or the file is missing or not 44.1 kHz stereo.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _RANGES: list[tuple[range, str]] = [
-    (range(0, 4), "piano"),
+    (range(4), "piano"),
     (range(4, 6), "electric piano"),
     (range(6, 8), "harpsichord"),
     (range(8, 9), "celesta"),

@@ -1,4 +1,7 @@
-"""MMA grooves with the words people use for them, and running MMA (Musical MIDI Accompaniment, Debian package `mma`)."""
+"""MMA grooves with the words people use for them, and running MMA.
+
+MMA (Musical MIDI Accompaniment, Bob van der Poel) is the Debian package `mma`.
+"""
 
 from __future__ import annotations
 

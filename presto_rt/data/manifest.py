@@ -107,10 +107,9 @@ def load_manifest(root: str | os.PathLike[str]) -> Manifest:
 
 def collect(root: Path, folders: Iterable[str] = ("recordings", "rendered")) -> list[Item]:
     """Read the item files that lie beside the audio (written after it, so the audio is whole), ordered by id."""
-    found = []
+    found: list[Item] = []
     for folder in folders:
-        for path in (root / folder).glob("**/*.json"):
-            found.append(Item.from_dict(json.loads(path.read_text())))
+        found += [Item.from_dict(json.loads(path.read_text())) for path in (root / folder).glob("**/*.json")]
     return sorted(found, key=lambda i: i.id)
 
 

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ def cut(samples: np.ndarray, piece_seconds: float = PIECE_SECONDS) -> list[tuple
     frames = samples.shape[1]
     count = max(1, round(frames / (piece_seconds * SAMPLE_RATE)))
     edges = np.linspace(0, frames, count + 1).astype(int)
-    bounds = [(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    bounds = [(int(a), int(b)) for a, b in pairwise(edges)]
     return [(a, b) for a, b in bounds if float(np.sqrt(np.mean(samples[:, a:b] ** 2))) > SILENCE_RMS]
 
 

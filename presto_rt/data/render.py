@@ -37,7 +37,7 @@ def soundfont() -> str:
 def _synth(path: str) -> tuple[Any, int]:
     """One synthesizer per process: loading the compressed soundfont takes seconds."""
     try:
-        import tinysoundfont
+        import tinysoundfont  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingDependency("rendering needs tinysoundfont: pip install --no-deps tinysoundfont") from error
     synth = tinysoundfont.Synth(samplerate=SAMPLE_RATE)

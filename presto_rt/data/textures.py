@@ -42,7 +42,7 @@ def nearest(pitch: int, classes: tuple[int, ...], low: int, high: int) -> int:
 
 def melody(rng: random.Random, frame: Frame, channel: int, low: int, high: int) -> list[Note]:
     """A tune of two-bar motifs (A A' B A'): the rhythm and contour come back, strong beats take chord tones."""
-    motifs = {name: _motif(rng, frame) for name in "ABC"}
+    motifs = {name: _motif(rng, frame) for name in "ABC"}  # two bars of steps, and where to begin
     order = rng.choice(("AABA", "ABAC", "AABB", "ABCB"))
     notes: list[Note] = []
     pitch = (low + high) // 2
@@ -55,8 +55,8 @@ def melody(rng: random.Random, frame: Frame, channel: int, low: int, high: int) 
         name = order[(number // 2) % len(order)]
         time = 0.0
         if number % 2 == 0:
-            pitch = nearest((low + high) // 2 + motifs[name][2], chord.tones, low, high)
-        for duration, step in motifs[name][number % 2]:
+            pitch = nearest((low + high) // 2 + motifs[name][1], chord.tones, low, high)
+        for duration, step in motifs[name][0][number % 2]:
             strong = time == int(time) and int(time) % 2 == 0
             classes = chord.tones if strong else frame.key.scale_over(chord)
             if step is not None:
@@ -65,7 +65,8 @@ def melody(rng: random.Random, frame: Frame, channel: int, low: int, high: int) 
                     target = pitch - round(step * 1.8)
                 pitch = nearest(target, classes, low, high)
                 length = duration * rng.uniform(0.85, 0.98)
-                notes.append(Note(start + _swung(time, frame.swing), channel, pitch, length, _velocity(rng, 96 if strong else 84)))
+                velocity = _velocity(rng, 96 if strong else 84)
+                notes.append(Note(start + _swung(time, frame.swing), channel, pitch, length, velocity))
             time += duration
     return notes
 
@@ -80,9 +81,12 @@ def block_chords(rng: random.Random, frame: Frame, channel: int, low: int, high:
     patterns = {
         "sparse": [(0.0,), (0.0, frame.beats / 2)],
         "medium": [tuple(float(b) for b in range(frame.beats)), (0.0, 1.5, 3.0)[: frame.beats - 1], (0.0, 2.0)],
-        "busy": [tuple(b / 2 for b in range(2 * frame.beats)), tuple(b + o for b in range(frame.beats) for o in (0, 0.5))],
+        "busy": [
+            tuple(b / 2 for b in range(2 * frame.beats)),
+            tuple(b + o for b in range(frame.beats) for o in (0, 0.5)),
+        ],
     }
-    pattern = rng.choice(patterns[frame.density])
+    pattern = tuple(time for time in rng.choice(patterns[frame.density]) if time < frame.beats)
     notes: list[Note] = []
     voices: list[int] = []
     for number, (start, chord) in enumerate(frame.bars()):
@@ -102,8 +106,7 @@ def sustained(rng: random.Random, frame: Frame, channel: int, low: int, high: in
     for start, chord in frame.bars():
         keys = voicing(chord, (low + high) // 2, low, high)
         root = nearest(low + 5, (chord.root,), low - 12, low + 11)
-        for key in {root, *keys}:
-            notes.append(Note(start, channel, key, frame.beats * 0.99, _velocity(rng, 80)))
+        notes += [Note(start, channel, key, frame.beats * 0.99, _velocity(rng, 80)) for key in {root, *keys}]
         if frame.density != "sparse":
             top = keys[-1]
             for half in range(1, frame.beats):
@@ -136,7 +139,9 @@ def arpeggio(rng: random.Random, frame: Frame, channel: int, low: int, high: int
             key = ladder[min(figure[index % len(figure)], len(ladder) - 1)]
             ring = step * (2.0 if shape != "alberti" else 1.0)
             accent = 88 if index == 0 else 74
-            notes.append(Note(start + _swung(index * step, frame.swing), channel, key, ring * 0.95, _velocity(rng, accent)))
+            notes.append(
+                Note(start + _swung(index * step, frame.swing), channel, key, ring * 0.95, _velocity(rng, accent))
+            )
     return notes
 
 
@@ -145,7 +150,10 @@ def strum(rng: random.Random, frame: Frame, channel: int, low: int, high: int) -
     patterns = {
         "sparse": [((0.0, 1), (2.0, 1)), ((0.0, 1),)],
         "medium": [((0.0, 1), (1.0, 1), (1.5, -1), (2.5, -1), (3.0, 1)), ((0.0, 1), (1.0, 1), (2.0, 1), (3.0, 1))],
-        "busy": [tuple((b / 2, 1 if b % 2 == 0 else -1) for b in range(8)), tuple((b / 4, 1 - 2 * (b % 2)) for b in range(16))],
+        "busy": [
+            tuple((b / 2, 1 if b % 2 == 0 else -1) for b in range(8)),
+            tuple((b / 4, 1 - 2 * (b % 2)) for b in range(16)),
+        ],
     }
     pattern = [hit for hit in rng.choice(patterns[frame.density]) if hit[0] < frame.beats]
     notes = []
@@ -158,7 +166,9 @@ def strum(rng: random.Random, frame: Frame, channel: int, low: int, high: int) -
             chosen = strings if way > 0 else list(reversed(strings[-4:]))
             for order, key in enumerate(chosen):
                 onset = start + _swung(time, frame.swing) + order * 0.02
-                notes.append(Note(onset, channel, key, max(stop - time - 0.05, 0.1), _velocity(rng, 84 if way > 0 else 70)))
+                notes.append(
+                    Note(onset, channel, key, max(stop - time - 0.05, 0.1), _velocity(rng, 84 if way > 0 else 70))
+                )
     return notes
 
 
@@ -178,16 +188,30 @@ def bass_line(rng: random.Random, frame: Frame, channel: int, low: int = 28, hig
             plan = [(0.0, root, 1.4), (frame.beats / 2 if frame.beats != 3 else 2.0, fifth, 0.9)]
         elif style == "walk":
             target = nearest(root, (following.root,), low, high)
-            middle = [nearest(root + rng.choice((3, 4, 5, 7)), frame.key.scale_over(chord), low, high) for _ in range(frame.beats - 2)]
+            middle = [
+                nearest(root + rng.choice((3, 4, 5, 7)), frame.key.scale_over(chord), low, high)
+                for _ in range(frame.beats - 2)
+            ]
             line = [root, *middle, target + rng.choice((-2, -1, 1, 2))]
             plan = [(float(b), k, 0.92) for b, k in enumerate(line[: frame.beats])]
         elif style == "eighths":
             plan = [(b / 2, root, 0.42) for b in range(2 * frame.beats)]
         else:
             slots = [0.0] + [b / 4 for b in range(2, 4 * frame.beats) if rng.random() < 0.4]
-            plan = [(s, rng.choice((root, root, fifth, nearest(root + 12, (chord.root,), low, high + 5))), 0.23) for s in slots]
+            plan = [
+                (s, rng.choice((root, root, fifth, nearest(root + 12, (chord.root,), low, high + 5))), 0.23)
+                for s in slots
+            ]
         for time, key, length in plan:
-            notes.append(Note(start + _swung(time, frame.swing), channel, max(key, 24), length, _velocity(rng, 96 if time == 0 else 86)))
+            notes.append(
+                Note(
+                    start + _swung(time, frame.swing),
+                    channel,
+                    max(key, 24),
+                    length,
+                    _velocity(rng, 96 if time == 0 else 86),
+                )
+            )
     return notes
 
 
@@ -209,7 +233,7 @@ KITS: dict[str, dict[int, tuple[int, ...]]] = {
 
 
 def drums(rng: random.Random, frame: Frame, style: str) -> list[Note]:
-    """A drum pattern of KITS with small variations and a fill each fourth bar; 3/4 takes its first twelve sixteenths."""
+    """A drum pattern of KITS, slightly varied, a fill each fourth bar; 3/4 takes its first twelve sixteenths."""
     notes = []
     total = 4 * frame.beats
     for number, (start, _) in enumerate(frame.bars()):
@@ -222,12 +246,14 @@ def drums(rng: random.Random, frame: Frame, style: str) -> list[Note]:
             for slot in slots:
                 if slot >= total or (fill and slot >= total - 4) or rng.random() < 0.03:
                     continue
-                accent = 104 if slot % 8 == 0 or key == 38 and slot % 8 == 4 else 80
+                accent = 104 if slot % 8 == 0 or (key == 38 and slot % 8 == 4) else 80
                 notes.append(Note(start + slot / 4, DRUMS, key, 0.2, _velocity(rng, accent)))
         if fill:
             for slot in range(total - 4, total):
                 if slot % 2 == 0 or rng.random() < 0.75:
-                    notes.append(Note(start + slot / 4, DRUMS, rng.choice((38, 45, 47, 48, 50)), 0.2, _velocity(rng, 98)))
+                    notes.append(
+                        Note(start + slot / 4, DRUMS, rng.choice((38, 45, 47, 48, 50)), 0.2, _velocity(rng, 98))
+                    )
         elif number % 4 == 0 and number:
             notes.append(Note(start, DRUMS, 49, 0.5, _velocity(rng, 96)))
     return notes
@@ -239,12 +265,15 @@ def voicing(chord: Chord, centre: int, low: int, high: int) -> list[int]:
     return keys
 
 
-def _motif(rng: random.Random, frame: Frame):  # noqa: ANN202
+Steps = list[tuple[float, int | None]]
+
+
+def _motif(rng: random.Random, frame: Frame) -> tuple[list[Steps], int]:
     """Two bars of (duration, step or None for a rest), and the pitch offset at which the motif begins."""
     cells = _CELLS[frame.density]
     bars = []
     for _ in range(2):
-        time, bar = 0.0, []
+        time, bar = 0.0, Steps()
         while time < frame.beats - 1e-9:
             options = [(c, w) for c, w in cells if time + sum(c) <= frame.beats + 1e-9]
             if not options:
@@ -255,7 +284,7 @@ def _motif(rng: random.Random, frame: Frame):  # noqa: ANN202
                 bar.append((duration, None if rest else rng.choice((-3, -2, -1, -1, 1, 1, 2, 3, 0))))
                 time += duration
         bars.append(bar)
-    return bars[0], bars[1], rng.randint(-4, 5)
+    return bars, rng.randint(-4, 5)
 
 
 def _swung(time: float, swing: bool) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import cycle
 
 SHARP = ["C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B"]
 FLAT = ["C", "Db", "D", "Eb", "E", "F", "Gb", "G", "Ab", "A", "Bb", "B"]
@@ -24,7 +25,7 @@ _TRIADS = {"major": ("", "m", "m", "", "", "m", "dim"), "minor": ("m", "dim", ""
 _SEVENTHS = {"major": ("M7", "m7", "m7", "M7", "7", "m7", "m7b5"), "minor": ("m7", "m7b5", "M7", "m7", "7", "M7", "7")}
 
 # What may follow each degree (0 = tonic) and how often: tonic -> subdominant -> dominant -> tonic, with detours.
-_MOVES = {
+_MOVES: dict[str, dict[int, dict[int, float]]] = {
     "major": {
         0: {3: 4, 4: 3, 5: 4, 1: 2, 2: 1},
         1: {4: 6, 3: 1, 6: 0.5},
@@ -98,7 +99,9 @@ class Key:
     def scale_over(self, chord: Chord) -> tuple[int, ...]:
         """The scale to play over a chord: its tones, and the key's degrees that do not clash with them."""
         tones = set(chord.tones)
-        return tuple(sorted(tones | {p for p in self.scale if not {(p + 1) % 12, (p - 1) % 12} & (tones - set(self.scale))}))
+        return tuple(
+            sorted(tones | {p for p in self.scale if not {(p + 1) % 12, (p - 1) % 12} & (tones - set(self.scale))})
+        )
 
 
 def random_key(rng: random.Random, minor_share: float = 0.45) -> Key:
@@ -108,10 +111,10 @@ def random_key(rng: random.Random, minor_share: float = 0.45) -> Key:
 
 
 def progression(rng: random.Random, key: Key, bars: int, *, sevenths: bool = False) -> list[Chord]:
-    """One chord a bar: phrases A A B A over a grammar walk or a common loop; begins (nearly always) and ends on the tonic."""
+    """One chord a bar: phrases A A B A, each a walk of the grammar or a common loop; begins and ends on the tonic."""
     phrases = {name: _phrase(rng, key.mode) for name in "AB"}
     degrees: list[int] = []
-    for name in _cycle("AABA"):
+    for name in cycle("AABA"):
         degrees += phrases[name]
         if len(degrees) >= bars:
             break
@@ -141,8 +144,3 @@ def _phrase(rng: random.Random, mode: str) -> list[int]:
         moves = _MOVES[mode][degrees[-1]]
         degrees.append(rng.choices(list(moves), list(moves.values()))[0])
     return degrees
-
-
-def _cycle(text: str):  # noqa: ANN202
-    while True:
-        yield from text

@@ -81,7 +81,7 @@ def parse(block: str, name: str) -> Tune | None:
         return None
     fifths = _FIFTHS[key_text[1]] - (3 if mode == "minor" else 0)
     letters = _SHARPS[:fifths] if fifths >= 0 else _SHARPS[fifths:]
-    signature = {letter: (1 if fifths > 0 else -1) for letter in letters}
+    signature = dict.fromkeys(letters, 1 if fifths > 0 else -1)
     tonic = (_LETTERS[key_text[1][0]] + {"#": 1, "b": -1}.get(key_text[1][1:], 0)) % 12
     default = Fraction(1, 8) if Fraction(*meter) >= Fraction(3, 4) else Fraction(1, 16)
     unit = Fraction(fields["L"]) if re.fullmatch(r"1/\d+", fields.get("L", "")) else default

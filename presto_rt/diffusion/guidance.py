@@ -48,7 +48,7 @@ def guided(
     both: Callable[[Tensor, float], tuple[Tensor, Tensor]],
     guidance: Guidance,
 ) -> Denoise:
-    """A denoiser for the samplers. `conditional(x, sigma)` gives D_c; `both` gives (D_c, D_u) from one doubled batch."""
+    """A denoiser for the samplers. `conditional(x, sigma)` gives D_c; `both` gives (D_c, D_u) at once."""
 
     def denoise(x: Tensor, sigma: float) -> Denoised:
         if not guidance.active(sigma):

@@ -8,6 +8,7 @@ unconditional D, so that guidance moves the estimate but not the noise that is p
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -34,7 +35,7 @@ def _tick(progress: Progress | None, step: int, total: int) -> None:
 
 def euler(denoise: Denoise, x: Tensor, levels: Sequence[float], progress: Progress | None = None) -> Tensor:
     """First order: x' = D + s'/s (x - anchor). One evaluation a step."""
-    for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    for i, (s, s_next) in enumerate(itertools.pairwise(levels)):
         d = denoise(x, s)
         x = d.x0 + (s_next / s) * (x - d.anchor)
         _tick(progress, i + 1, len(levels) - 1)
@@ -43,7 +44,7 @@ def euler(denoise: Denoise, x: Tensor, levels: Sequence[float], progress: Progre
 
 def heun(denoise: Denoise, x: Tensor, levels: Sequence[float], progress: Progress | None = None) -> Tensor:
     """Second order (Karras et al. 2022, algorithm 1 without churn): two evaluations a step, one in a step to 0."""
-    for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    for i, (s, s_next) in enumerate(itertools.pairwise(levels)):
         slope = (x - denoise(x, s).x0) / s
         x_next = x + (s_next - s) * slope
         if s_next > 0:
@@ -57,7 +58,7 @@ def heun(denoise: Denoise, x: Tensor, levels: Sequence[float], progress: Progres
 def dpmpp_2m(denoise: Denoise, x: Tensor, levels: Sequence[float], progress: Progress | None = None) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) with lambda = -ln sigma: second order, one evaluation a step."""
     previous: Denoised | None = None
-    for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    for i, (s, s_next) in enumerate(itertools.pairwise(levels)):
         d = denoise(x, s)
         x0, anchor = d
         if previous is not None and s_next > 0:
@@ -73,7 +74,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, levels: Sequence[float], progress: Pro
 
 def dpmpp_2s(denoise: Denoise, x: Tensor, levels: Sequence[float], progress: Progress | None = None) -> Tensor:
     """DPM-Solver++(2S) (Lu et al. 2022, algorithm 1, r = 1/2): second order, two evaluations a step, single step."""
-    for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    for i, (s, s_next) in enumerate(itertools.pairwise(levels)):
         d = denoise(x, s).x0
         if s_next > 0:
             s_mid = math.sqrt(s * s_next)  # the middle in lambda
@@ -88,7 +89,7 @@ def few_step(
     denoise: Denoise, x: Tensor, levels: Sequence[float], noise: Noise, progress: Progress | None = None
 ) -> Tensor:
     """The few-step stochastic sampler of distilled models: x_0 = D(x; s), x' = x_0 + s' n with fresh noise."""
-    for i, (s, s_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    for i, (s, s_next) in enumerate(itertools.pairwise(levels)):
         x = denoise(x, s).x0
         if s_next > 0:
             x = x + s_next * noise(i + 1)
@@ -121,7 +122,7 @@ def sample(
 def evaluated_levels(name: str, levels: Sequence[float]) -> list[float]:
     """Noise levels of every denoiser evaluation that the sampler will make, in order: known before the first."""
     out: list[float] = []
-    for s, s_next in zip(levels[:-1], levels[1:], strict=True):
+    for s, s_next in itertools.pairwise(levels):
         out.append(s)
         if s_next > 0 and name == "heun":
             out.append(s_next)

@@ -95,7 +95,7 @@ def budget_schedule(
     The ramp from clean to noisy falls linearly, as ASE's published schedule does (28 28 24 24 20 20 16 16 12 12 of 28;
     Moon et al. 2024): from at most all blocks to at least a quarter. Counts are whole; what rounding leaves over is
     carried on to the next part, and the counts are put in falling order. shifted: the last block always runs
-    and those before it are dropped (Presto-L); else a prefix runs (ASE). Raises InvalidInput for a share that cannot be.
+    and those before it are dropped (Presto-L); else a prefix runs (ASE). Raises InvalidInput for other shares.
     """
     if not 0.25 <= share <= 1.0:
         raise InvalidInput(f"a layer budget must be a share from 25% to 100%, not {share:.0%}")

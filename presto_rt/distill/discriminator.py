@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ class Head(nn.Module):
         super().__init__()
         sizes = [width] + [hidden] * layers
         self.convolutions = nn.ModuleList(
-            nn.Conv1d(a, b, kernel_size=4, stride=2, padding=1) for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+            nn.Conv1d(a, b, kernel_size=4, stride=2, padding=1) for a, b in itertools.pairwise(sizes)
         )
         self.norms = nn.ModuleList(nn.GroupNorm(min(32, hidden), hidden) for _ in range(layers))
         self.logit = nn.Conv1d(hidden, 1, kernel_size=3, padding=1)

@@ -124,7 +124,7 @@ class LayerTrainer(Trainer):
         return {"loss": float(loss.detach()), "denoising": float(denoising.detach())}
 
     def levels_of_one_row(self, schedule: LayerSchedule, count: int) -> Tensor:
-        """Levels of p(s_train) that all run the same blocks: one level decides the row, the rest are drawn within it."""
+        """Levels of p(s_train) that all run the same blocks: one decides the row, the rest are drawn within it."""
         first = training_levels(torch.rand(1, generator=self.generator, device=self.device).clamp(1e-4, 1 - 1e-4))
         bounds = [0.0] + [upper for upper, _ in schedule.rows]
         row = next(i for i, upper in enumerate(bounds[1:]) if float(first) <= upper)
@@ -142,4 +142,3 @@ class LayerTrainer(Trainer):
             sigma = float(key.removeprefix("val_"))
             figures[key] = held_out_error(model, self.val_set, blocks=schedule.blocks(sigma))[key]
         return figures
-

@@ -39,7 +39,7 @@ def distribution_matching_gradient(x_hat: Tensor, sigma: Tensor, noise: Tensor, 
 
 
 def follow(x_hat: Tensor, gradient: Tensor) -> Tensor:
-    """A loss whose gradient with respect to x_hat is `gradient` / numel: half the squared distance to one step along it."""
+    """Half the squared distance to one step along `gradient`: its gradient in x_hat is `gradient` / numel."""
     return 0.5 * ((x_hat - (x_hat - gradient).detach()) ** 2).mean()
 
 

@@ -99,7 +99,8 @@ class StepTrainer(Trainer):
     """`layers`: the generator's layer schedule (Presto-LS); None runs all blocks."""
 
     def __init__(self, data_root: str | Path, run_dir: str | Path, teacher: DiT, options: StepDistillation,
-                 device: str = "auto", layers: LayerSchedule | None = None, student: DiT | None = None) -> None:  # fmt: skip
+                 device: str = "auto", layers: LayerSchedule | None = None,
+                 student: DiT | None = None) -> None:  # fmt: skip
         super().__init__(run_dir, options.minutes, options.seed, device, options.checkpoint_minutes)
         self.config: ModelConfig = teacher.config
         self.options, self.layers = options, layers or LayerSchedule.full(teacher.config.blocks)

@@ -9,7 +9,8 @@ name is neither asked for nor absent, so the clip is left out of that instrument
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from presto_rt.evaluation.rhythm import tempo_agrees
 from presto_rt.evaluation.statistics import Estimate, bootstrap, mean
-from presto_rt.evaluation.tonality import MODES, mirex_score, pitch_class
+from presto_rt.evaluation.tonality import MODES, best_key, mirex_score, pitch_class
 
 Meta = dict[str, Any]
 
@@ -95,21 +96,27 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
     return float((ranks.sum() - len(positive) * (len(positive) + 1) / 2) / (len(positive) * len(negative)))
 
 
-def instrument_auc(scores: np.ndarray, tags: Sequence[str], meta: Sequence[Meta], rounds: int = 500) -> dict[str, Any]:
-    """Mean over instruments of the AUC of the instrument's tag: clips whose prompt asks for it against clips without
-    it.
+def instrument_auc(
+    scores: np.ndarray,
+    columns: Sequence[str],
+    meta: Sequence[Meta],
+    instruments: Mapping[str, Instrument] = INSTRUMENTS,
+    rounds: int = 500,
+) -> dict[str, Any]:
+    """Mean over instruments of the AUC of the instrument's score: clips whose prompt asks for it against clips
+    without it.
 
-    scores: (clips, tags) tag probabilities; meta: one record per clip. Instruments with fewer than 5 clips on either
-    side are left out. Returns {"mean": Estimate, "per_instrument": {name: Estimate}}; the intervals bootstrap clips
-    within each side.
+    scores: (clips, columns), a clip's score of each tag; meta: one record per clip. Instruments with fewer than 5
+    clips on either side are left out. Returns {"mean": Estimate, "per_instrument": {name: Estimate}}; the intervals
+    bootstrap clips within each side.
     """
     groups: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     asked = [asked_instruments(m) for m in meta]
-    for label, instrument in INSTRUMENTS.items():
-        columns = [tags.index(t) for t in instrument.tags if t in tags]
-        if not columns:
+    for label, instrument in instruments.items():
+        own = [columns.index(t) for t in instrument.tags if t in columns]
+        if not own:
             continue
-        score = scores[:, columns].max(1)
+        score = scores[:, own].max(1)
         forbidden = set(instrument.names) | set(instrument.near)
         yes = np.array([bool(a & set(instrument.names)) for a in asked])
         no = np.array([not forbidden & set(m.get("instruments") or ()) and bool(m.get("instruments")) for m in meta])
@@ -133,6 +140,46 @@ def _with_draws(value: float, draws: np.ndarray, n: int) -> Estimate:
     return Estimate(value, float(low), float(high), n)
 
 
+class Probe:
+    """What the tagger's embedding tells about every instrument of the data, not only those that it has a tag for.
+
+    One ridge-penalised logistic regression per instrument on the clip's embedding, fitted on real clips of known
+    instruments.
+    """
+
+    def __init__(self, embeddings: np.ndarray, meta: Sequence[Meta], least: int = 8, ridge: float = 0.01) -> None:
+        """embeddings: (clips, d) of real clips; meta: their records. Instruments in fewer than `least` clips are
+        left out.
+        """
+        from scipy.optimize import minimize
+
+        counts = Counter(name for m in meta for name in set(m.get("instruments") or ()))
+        self.names = sorted(name for name, n in counts.items() if least <= n <= len(meta) - least)
+        self.centre, self.scale = embeddings.mean(0), embeddings.std(0).clip(min=1e-6)
+        x = self._inputs(embeddings)
+        self.weights = np.zeros((x.shape[1], len(self.names)))
+        for column, name in enumerate(self.names):
+            sign = np.array([1.0 if name in (m.get("instruments") or ()) else -1.0 for m in meta])
+
+            def loss(w: np.ndarray, sign: np.ndarray = sign) -> tuple[float, np.ndarray]:
+                margin = sign * (x @ w)
+                pull = -sign / (1.0 + np.exp(margin.clip(max=500.0)))
+                penalty = np.append(w[:-1], 0.0)
+                value = np.logaddexp(0.0, -margin).mean() + ridge * (penalty @ penalty)
+                return float(value), x.T @ pull / len(x) + 2 * ridge * penalty
+
+            self.weights[:, column] = minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B").x
+
+    def _inputs(self, embeddings: np.ndarray) -> np.ndarray:
+        scaled = (np.asarray(embeddings, dtype=np.float64) - self.centre) / self.scale
+        return np.concatenate([scaled, np.ones((len(scaled), 1))], 1)
+
+    def auc(self, embeddings: np.ndarray, meta: Sequence[Meta]) -> dict[str, Any]:
+        """As `instrument_auc`, with the probe's scores of the clips' embeddings (clips, d)."""
+        table = {name: Instrument((name,), (name,)) for name in self.names}
+        return instrument_auc(self._inputs(embeddings) @ self.weights, self.names, meta, table)
+
+
 def tempo_accuracy(
     tempi: np.ndarray, meta: Sequence[Meta], agrees: Callable[[float, float], bool] = tempo_agrees
 ) -> Estimate:
@@ -153,11 +200,10 @@ def key_accuracy(scores: np.ndarray, meta: Sequence[Meta]) -> dict[str, Estimate
         want = asked_key(m)
         if want is None:
             continue
-        mode, tonic = np.unravel_index(int(np.argmax(score)), score.shape)
-        heard = (int(tonic), MODES[mode]) if np.ptp(score) > 0 else (-1, "")
+        heard = best_key(score)
         exact.append(float(heard == want))
-        tonics.append(float(heard[0] == want[0]))
-        graded.append(mirex_score(heard, want) if heard[1] else 0.0)
+        tonics.append(float(heard is not None and heard[0] == want[0]))
+        graded.append(mirex_score(heard, want) if heard else 0.0)
     return {"exact": mean(np.array(exact)), "tonic": mean(np.array(tonics)), "mirex": mean(np.array(graded))}
 
 

@@ -43,6 +43,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="FOLDER", help="more weights folders, judged on the same captions"
     )
+    parser.add_argument(
+        "--denoising",
+        action="store_true",
+        help="instead of all this, the denoising error by noise level beside the best linear denoiser's",
+    )
     parser.set_defaults(run=run)
     return parser
 
@@ -61,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
         model = presto_rt.load(args.model) if args.model else presto_rt.load()
         others = {Path(folder).name: presto_rt.load(folder) for folder in args.compare}
+    if args.denoising:
+        return _denoising(model, args)
     result = evaluate_model(
         model,
         args.data,
@@ -76,4 +83,25 @@ def run(args: argparse.Namespace) -> int:
         **options,
     )
     print(markdown(result))
+    return 0
+
+
+def _denoising(model: Any, args: argparse.Namespace) -> int:
+    """Write denoising.json and denoising.md into --out and print the table."""
+    import json
+    from dataclasses import asdict
+
+    from presto_rt.errors import InvalidInput
+    from presto_rt.evaluation.denoising import model_errors, table
+    from presto_rt.evaluation.report import environment
+
+    if model is None:
+        raise InvalidInput("--denoising needs a model; leave out --model none")
+    rows = model_errors(model, args.data, split=args.split, seed=args.seed + 1)
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"environment": environment(), "split": args.split, "rows": [asdict(r) for r in rows]}
+    (folder / "denoising.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "denoising.md").write_text(table(rows) + "\n")
+    print(table(rows))
     return 0

@@ -18,8 +18,9 @@ between codecs of any scale; predicting the mean gives about 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -192,19 +193,41 @@ def table(rows: Sequence[ErrorRow]) -> str:
     return "\n".join(lines)
 
 
-def load_latents(folder: str | Path, split: str | None = None) -> list[np.ndarray]:
-    """Recordings (T_i, C) below `folder` (memory-mapped .npy files), of a split when an index.json there names
-    splits.
-    """
-    import json
+def load_pieces(folder: str | Path, split: str, most: int = 400_000) -> list[np.ndarray]:
+    """Latents (T_i, C) float16 of a split's pieces, as `presto_rt.training.latents` wrote them, up to `most` frames.
 
-    folder = Path(folder)
-    index = folder / "index.json"
-    files = sorted(folder.glob("*.npy"))
-    if split is not None and index.is_file():
-        record = json.loads(index.read_text())
-        entries = record["items"] if isinstance(record, dict) else record
-        files = [folder / e["file"] for e in entries if e.get("split") == split]
-    if not files:
-        raise InvalidInput(f"no latents of split {split!r} in {folder}; encode the data set first")
-    return [np.load(file, mmap_mode="r") for file in files]
+    Memory-mapped. With more frames than `most`, every k-th piece is taken. Raises InvalidInput where there are none.
+    """
+    from presto_rt.training.latents import load_latents
+
+    rows, index = load_latents(folder, split)
+    pieces = [rows[i["start"] : i["start"] + i["frames"]] for i in index["items"][: index["done"]]]
+    step = max(1, -(-sum(map(len, pieces)) // most))
+    if not pieces:
+        raise InvalidInput(f"no encoded pieces of split {split!r} in {folder}: encode the data set first")
+    return pieces[::step]
+
+
+def model_errors(
+    model: Any, data_root: str | Path, *, split: str = "test", clips: int = 64, frames: int = 128, seed: int = 1
+) -> list[ErrorRow]:
+    """Errors of a loaded pipeline's transformer, given each crop's own caption, tempo and length, on held-out crops.
+
+    The linear denoiser is fitted on the training split's latents. Raises InvalidInput where the latents are missing.
+    """
+    from presto_rt.diffusion.precond import precondition
+    from presto_rt.models.dit import Condition
+    from presto_rt.training.conditions import LatentSet
+
+    linear = LinearDenoiser.fit(load_pieces(Path(data_root) / "latents", "train"))
+    clean, condition = LatentSet(data_root, split).batch(np.random.default_rng(seed), clips, frames, beat_dropout=0.0)
+    config, weight = model.config, next(model.dit.parameters())
+
+    def denoiser(noisy: Tensor, sigma: Tensor, chosen: list[int]) -> Tensor:
+        own = Condition(*(getattr(condition, f.name)[chosen] for f in fields(Condition))).to(weight.device)
+        with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
+            x = precondition(model.dit, noisy.to(weight.device), sigma.to(weight.device), own,
+                             kind=config.network, sigma_data=config.sigma_data)  # fmt: skip
+        return x.float().cpu()
+
+    return denoising_errors(clean, linear, denoiser, sigma_data=config.sigma_data)

@@ -18,7 +18,6 @@ from presto_rt.evaluation.distances import levels
 from presto_rt.evaluation.musicnn import Tagger
 from presto_rt.evaluation.notes import NoteTracker
 from presto_rt.evaluation.rhythm import tempo
-from presto_rt.evaluation.tonality import key_scores
 
 VERSION = 1  # raise it when any judge changes what it says: kept results of other versions are not used
 
@@ -32,7 +31,7 @@ class Listening:
     tags: np.ndarray  # (C, 50) mean tag probabilities
     embedding: np.ndarray  # (C, 200) mean penultimate layer
     tempo: np.ndarray  # (C,) bpm, NaN when there is none
-    key: np.ndarray  # (C, 2, 12) key scores
+    chroma: np.ndarray  # (C, 2, 12) chroma and bass chroma of its notes
     density: np.ndarray  # (C,) note onsets per second
     levels: np.ndarray  # (C, 4) in the order of distances.LEVELS
 
@@ -73,7 +72,7 @@ def listen(
             "penultimate": heard.penultimate,
             "tags": heard.tags.mean(0),
             "tempo": np.float64(tempo(clip, rate)),
-            "key": np.full((2, 12), np.nan),
+            "chroma": np.full((2, 12), np.nan),
             "density": np.float64(np.nan),
             "levels": levels(clip, rate),
         }
@@ -81,7 +80,7 @@ def listen(
             if not hasattr(own, "tracker"):
                 own.tracker = NoteTracker(threads=1)
             found = own.tracker.track(clip, rate)
-            result["key"], result["density"] = key_scores(found.chroma()), np.float64(found.density())
+            result["chroma"], result["density"] = found.chromas(), np.float64(found.density())
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_suffix(f".{os.getpid()}.part.npz")
@@ -93,7 +92,7 @@ def listen(
     with ThreadPoolExecutor(workers or os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         results = list(pool.map(hear, range(len(clips))))
     torch.set_num_threads(tracker_threads)
-    stacked = {name: np.stack([r[name] for r in results]) for name in ("tags", "tempo", "key", "density", "levels")}
+    stacked = {name: np.stack([r[name] for r in results]) for name in ("tags", "tempo", "chroma", "density", "levels")}
     windows = [r["penultimate"] for r in results]
     return Listening(
         clip=np.repeat(np.arange(len(clips)), [len(w) for w in windows]),

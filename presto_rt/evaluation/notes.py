@@ -48,9 +48,13 @@ class Notes:
         """Note onsets per second."""
         return len(self.onsets()) / max(self.seconds, 1e-9)
 
-    def chroma(self, threshold: float = 0.3) -> np.ndarray:
+    def chroma(self, threshold: float = 0.2) -> np.ndarray:
         """How long each pitch class sounds, (12,) from C, summing to 1 (zeros if nothing sounds)."""
         return _fold((self.sounding * (self.sounding >= threshold)).sum(0))
+
+    def chromas(self) -> np.ndarray:
+        """Chroma and bass chroma, (2, 12): what `tonality.key_scores` judges keys by."""
+        return np.stack([self.chroma(), self.bass_chroma()])
 
     def bass_chroma(self, threshold: float = 0.3) -> np.ndarray:
         """How long each pitch class is the lowest that sounds, (12,) from C, summing to 1 (zeros if nothing
@@ -90,7 +94,8 @@ class NoteTracker:
         samples = mono(clip, rate, RATE)
         half = OVERLAP // 2
         padded = np.pad(samples, (half * FRAME, WINDOW))
-        starts = range(0, len(samples), STEP)
+        # the last quarter second alone is not worth a window
+        starts = range(0, max(1, len(samples) - RATE // 4), STEP)
         batch = np.stack([padded[s : s + WINDOW] for s in starts])[..., None].astype(np.float32)
         names = ["StatefulPartitionedCall:1", "StatefulPartitionedCall:2"]  # notes, onsets; :0 are finer pitch contours
         notes, onsets = self.net.run(names, {self.net.get_inputs()[0].name: batch})

@@ -17,9 +17,10 @@ import numpy as np
 from presto_rt.errors import InvalidInput
 from presto_rt.evaluation import adherence
 from presto_rt.evaluation.distances import fad, kid, level_distances, prdc
-from presto_rt.evaluation.listen import Listening, listen
+from presto_rt.evaluation.listen import Listening, listen, take
 from presto_rt.evaluation.musicnn import MTT_TAGS
 from presto_rt.evaluation.statistics import Estimate, mean
+from presto_rt.evaluation.tonality import key_scores
 
 Meta = dict[str, Any]
 SHUFFLED = ", captions shuffled"
@@ -52,6 +53,7 @@ def evaluate(
     options: dict[str, Any] = {"rate": rate, "workers": workers, "keep": keep, "progress": progress}
     real = listen(reference, notes=False, **options)
     captions = None if reference_meta is None else caption_vectors(reference_meta)
+    probe = None if reference_meta is None else adherence.Probe(real.embedding, reference_meta)
     results: dict[str, Any] = {}
     for name, clips in sets.items():
         heard = listen(clips, **options)
@@ -61,8 +63,9 @@ def evaluate(
             "clips": len(clips),
             **distances(real, heard),
             **joint_distance(real, heard, captions, own),
-            **agreement(heard, own),
-            "shuffled": {**joint_distance(real, heard, captions, moved), **agreement(heard, moved)},
+            **agreement(heard, own, probe),
+            "by_kind": by_kind(heard, own, probe),
+            "shuffled": {**joint_distance(real, heard, captions, moved), **agreement(heard, moved, probe)},
         }
     return {
         "environment": environment(),
@@ -95,13 +98,22 @@ def joint_distance(
     return {"kid_captions": kid(real.penultimate, heard.penultimate, real.clip, heard.clip, captions=pairs)}
 
 
-def agreement(heard: Listening, meta: Sequence[Meta]) -> dict[str, Any]:
+def agreement(heard: Listening, meta: Sequence[Meta], probe: adherence.Probe | None) -> dict[str, Any]:
     """Instruments, tempo and key against what the prompts ask for."""
+    scores = np.stack([key_scores(c) for c in heard.chroma])
     return {
         "instruments": adherence.instrument_auc(heard.tags, MTT_TAGS, meta),
+        "probe": probe.auc(heard.embedding, meta) if probe else None,
         "tempo": adherence.tempo_accuracy(heard.tempo, meta),
-        "key": adherence.key_accuracy(heard.key, meta),
+        "key": adherence.key_accuracy(scores, meta),
     }
+
+
+def by_kind(heard: Listening, meta: Sequence[Meta], probe: adherence.Probe | None) -> dict[str, Any]:
+    """`agreement` for each kind of piece (solo, duo, band) on its own."""
+    kinds = np.array([str(m.get("kind")) for m in meta])
+    parts = {kind: np.flatnonzero(kinds == kind) for kind in sorted(set(kinds))}
+    return {kind: agreement(take(heard, i), [meta[j] for j in i], probe) for kind, i in parts.items()}
 
 
 def caption_vectors(meta: Sequence[Meta]) -> np.ndarray:
@@ -170,10 +182,14 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def markdown(result: dict[str, Any]) -> str:
     """Two tables: agreement with the captions, and distances from the reference."""
-    agreement_rows = ["| set | instruments, AUC | tempo, % | key, % | key, MIREX |", "|---|---|---|---|---|"]
+    agreement_rows = [
+        "| set | instruments, AUC of tags | instruments, AUC of probe | tempo, % | key, % | key, MIREX |",
+        "|" + "---|" * 6,
+    ]
     for name, m in _rows(result):
         cells = [
             _cell(m["instruments"]["mean"], 1, 3),
+            _cell(m["probe"]["mean"] if m["probe"] else None, 1, 3),
             _cell(m["tempo"], 100, 0),
             _cell(m["key"]["exact"], 100, 0),
             _cell(m["key"]["mirex"]),

@@ -20,7 +20,7 @@ RATE, N_FFT, HOP, BANDS = 22050, 1024, 220, 64
 FPS = RATE / HOP  # 100.2 frames per second
 OCTAVES = (1.0, 2.0, 0.5, 3.0, 1.0 / 3.0)
 TOLERANCE = 0.04
-PRIOR_BPM, PRIOR_OCTAVES = 110.0, 1.0  # centre and width of the preference
+PRIOR_BPM, PRIOR_OCTAVES = 110.0, 1.5  # centre and width of the preference
 
 
 @lru_cache(maxsize=1)
@@ -36,7 +36,7 @@ def onset_strength(samples: np.ndarray) -> np.ndarray:
     spectrum = torch.stft(x, N_FFT, HOP, window=torch.hann_window(N_FFT), pad_mode="reflect", return_complex=True).abs()
     mel = _mel() @ spectrum
     # relative to the clip's own level, so that a quiet clip has the same onsets as a loud one
-    logmel = torch.log1p(100.0 * mel / mel.amax().clamp_min(1e-9))
+    logmel = torch.log1p(10.0 * mel / mel.amax().clamp_min(1e-9))
     lag = 2  # 20 ms: a frame's window spreads an attack over about two hops
     flux = (logmel[:, lag:] - logmel[:, :-lag]).clamp_min(0).sum(0).numpy()
     flux = np.concatenate([np.zeros(lag, dtype=np.float32), flux])
@@ -47,7 +47,7 @@ def onset_strength(samples: np.ndarray) -> np.ndarray:
     return np.maximum(flux - slow, 0).astype(np.float32)
 
 
-def pulse(onsets: np.ndarray, bpm: np.ndarray, beats: int = 4) -> np.ndarray:
+def pulse(onsets: np.ndarray, bpm: np.ndarray, beats: int = 6) -> np.ndarray:
     """How strongly onsets repeat at each tempo, (len(bpm),): mean autocorrelation at 1..`beats` beats, 1 =
     perfectly.
     """

@@ -290,7 +290,8 @@ def fit_synthesis_gain(codec: Codec, clips: Sequence[np.ndarray], rounds: int = 
     """Set the gain per band so that decoded clips have the level of the originals, in the median over frames.
 
     Frames of imperfect phase cancel in part where they overlap, noise-like high bands by 3 dB. `clips` are training
-    clips (2, n) float32 at 44.1 kHz; levels are compared in mel bands of left and right where the original is above -75 dB.
+    clips (2, n) float32 at 44.1 kHz; levels are compared in mel bands of left and right where the original is above
+    -75 dB.
     """
     mels = torch.from_numpy(mel_filters(bands)).float()
     peaks = mels.argmax(1).numpy()

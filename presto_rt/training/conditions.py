@@ -87,7 +87,7 @@ class LatentSet:
     def batch(
         self, rng: np.random.Generator, size: int, frames: int, beat_dropout: float = 0.3
     ) -> tuple[Tensor, Condition]:
-        """Random crops: latents (size, frames, C) fp32 and their conditions. Pieces shorter than `frames` are left out."""
+        """Random crops: latents (size, frames, C) fp32 and their conditions; shorter pieces are left out."""
         fits = np.array([p.frames >= frames for p in self.pieces])
         if not fits.any():
             raise InvalidInput(f"no piece has {frames} latent frames ({frames * FRAME_SECONDS:.0f} s)")

@@ -1,8 +1,8 @@
 """Weights folders: config.json beside safetensors shards under 15 MB, every file checked by its SHA-256 when loaded.
 
-    config.json   {"format": 1, "model": {...}, "codec": {...}, "defaults": {...}, "training": {...},
-                   "files": {"dit-00001.safetensors": {"sha256": ..., "bytes": ...}, ...}}
-    <part>-NNNNN.safetensors   tensors of one part ("dit", "codec"), named as in `presto_rt.models`
+config.json   {"format": 1, "model": {...}, "codec": {...}, "defaults": {...}, "training": {...},
+               "files": {"dit-00001.safetensors": {"sha256": ..., "bytes": ...}, ...}}
+<part>-NNNNN.safetensors   tensors of one part ("dit", "codec"), named as in `presto_rt.models`
 """
 
 from __future__ import annotations
