@@ -44,6 +44,8 @@ class TextStates:
 
 
 class BertLayer(nn.Module):
+    """A post-norm transformer layer as in BERT (Devlin et al. 2019)."""
+
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.heads = heads

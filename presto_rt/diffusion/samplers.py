@@ -19,6 +19,8 @@ from ..errors import InvalidInput
 
 
 class Denoised(NamedTuple):
+    """What a denoiser says at one noise level: the clean latents `x0` and the noise estimate's `anchor`, alike in shape."""
+
     x0: Tensor
     anchor: Tensor
 

@@ -67,6 +67,8 @@ def settings(method: str, minutes: float, **changes: Any) -> LayerDistillation:
 
 
 class LayerTrainer(Trainer):
+    """Trains a copy of the teacher to run with fewer blocks; see LayerDistillation for the options."""
+
     def __init__(self, data_root: str | Path, run_dir: str | Path, teacher: DiT, options: LayerDistillation,
                  device: str = "auto") -> None:  # fmt: skip
         super().__init__(run_dir, options.minutes, options.seed, device, options.checkpoint_minutes)

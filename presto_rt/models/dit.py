@@ -103,6 +103,8 @@ class QKNorm(nn.Module):
 
 
 class Block(nn.Module):
+    """One transformer block: self-attention, cross-attention to the text, MLP, each modulated by the condition."""
+
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         d = c.width
@@ -158,6 +160,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def norm(x: Tensor) -> Tensor:
+    """Layer norm over the last axis without weights; the modulation that follows supplies them."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 

@@ -80,6 +80,8 @@ def draw_batch(data: LatentSet, rng: np.random.Generator, tokens: int, frames: t
 
 
 class BaseTrainer(Trainer):
+    """Trains a diffusion transformer from nothing on the latents of a data set; see BaseTraining for the options."""
+
     def __init__(self, data_root: str | Path, run_dir: str | Path, config: ModelConfig, options: BaseTraining,
                  device: str = "auto") -> None:  # fmt: skip
         super().__init__(run_dir, options.minutes, options.seed, device, options.checkpoint_minutes)

@@ -27,6 +27,7 @@ from .conditions import FRAME_SECONDS
 
 
 def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a CUDA GPU where there is one, else the CPU."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
