@@ -19,7 +19,7 @@ from ..errors import InvalidInput
 
 
 class Denoised(NamedTuple):
-    """What a denoiser says at one noise level: the clean latents `x0` and the noise estimate's `anchor`, alike in shape."""
+    """What a denoiser says at one noise level: clean latents `x0`, and the `anchor` of the noise estimate."""
 
     x0: Tensor
     anchor: Tensor

@@ -103,7 +103,7 @@ class QKNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block: self-attention, cross-attention to the text, MLP, each modulated by the condition."""
+    """Self-attention and MLP, modulated by the condition, with cross-attention to the text between them."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
