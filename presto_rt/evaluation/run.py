@@ -64,7 +64,7 @@ def choose(all_items: Sequence[Item], count: int, seconds: float, seed: int = 0)
         item, again = usable[n % len(usable)], n // len(usable)
         name = f"{seed} {item.id} {again}"
         # the first and last half second may hold silence before the first note or after the last
-        margin = min(SAMPLE_RATE // 2, (frames_of(item) - frames) // 2)
+        margin = min(SAMPLE_RATE // 2, (frames_of(item) - frames) // 4)
         start = margin + _draw("start " + name, max(1, frames_of(item) - frames - 2 * margin))
         record = asdict(item)
         said = [{**record, "prompt": caption} for caption in sorted(item.captions)]

@@ -1,0 +1,199 @@
+"""The whole evaluation: on synthetic pieces whose captions are true, and with a tiny random model on a small data
+set.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from models import write_tiny_model
+
+from presto_rt.data.manifest import Item, Manifest
+from presto_rt.errors import InvalidInput
+from presto_rt.evaluation import report, run
+from presto_rt.evaluation.tonality import NAMES
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("musicnn", "basic_pitch", "onnxruntime", "prdc")),
+    reason="the judges' packages are not installed",
+)
+RATE, SECONDS = 44100, 4.0
+
+
+def piece(index: int, seconds: float = SECONDS) -> tuple[np.ndarray, dict[str, Any]]:
+    """A cadence of struck chords, one on each beat, in its own key and tempo, and its record."""
+    rng = np.random.default_rng(index)
+    tonic, minor, bpm = int(rng.integers(12)), bool(index % 2), int(rng.integers(100, 160))
+    third = 3 if minor else 4
+    chords = [[0, third, 7], [5, 5 + third, 12], [-5, -1, 2], [0, third, 7]]
+    beat = 60 / bpm
+    out = np.zeros(int(seconds * RATE) + RATE)
+    for n in range(int(seconds / beat) + 1):
+        t = np.arange(int(beat * RATE)) / RATE
+        for pitch in [*chords[n % 4], chords[n % 4][0] - 12]:
+            f = 440 * 2 ** ((60 + tonic + pitch - 69) / 12)
+            tone = sum(np.sin(2 * np.pi * f * h * t) / h**2 for h in range(1, 7))
+            start = int(n * beat * RATE)
+            out[start : start + len(t)] += 0.08 * tone * np.exp(-4 * t) * np.minimum(1, 300 * t)
+    clip = np.stack([out, 0.7 * out])[:, : int(seconds * RATE)].astype(np.float32)
+    key, mode = NAMES[tonic], "minor" if minor else "major"
+    instrument = "piano" if index % 2 else "guitar"
+    prompt = f"{instrument} in {key} {mode}, {bpm} bpm"
+    return clip, {"prompt": prompt, "instruments": [instrument], "bpm": bpm, "key": key, "mode": mode, "kind": "solo"}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    clips, meta = zip(*(piece(i) for i in range(12)), strict=True)
+    reference, reference_meta = zip(*(piece(100 + i) for i in range(18)), strict=True)
+    rng = np.random.default_rng(0)
+    noise = [(0.05 * rng.standard_normal((2, int(SECONDS * RATE)))).astype(np.float32) for _ in range(6)]
+    keep = tmp_path_factory.mktemp("heard")
+    heard = []
+    found = report.evaluate(
+        {"real": clips, "noise": noise},
+        meta,
+        reference,
+        reference_meta=reference_meta,
+        keep=keep,
+        progress=heard.append,
+    )
+    assert len(heard) == 36
+    assert len(list(keep.iterdir())) == 36
+    return found
+
+
+def test_true_captions_agree_and_shuffled_ones_do_not(result: dict[str, Any]) -> None:
+    real = result["sets"]["real"]
+    assert real["tempo"]["value"] > 0.9
+    assert real["key"]["exact"]["value"] >= 0.75
+    assert real["shuffled"]["tempo"]["value"] < 0.5
+    assert real["shuffled"]["key"]["exact"]["value"] < 0.4
+    assert real["tempo"]["n"] == real["shuffled"]["tempo"]["n"] == 12
+    assert set(real["by_kind"]) == {"solo"}
+    assert real["by_kind"]["solo"]["tempo"]["value"] == real["tempo"]["value"]
+
+
+def test_noise_is_far_from_music(result: dict[str, Any]) -> None:
+    real, noise = result["sets"]["real"], result["sets"]["noise"]
+    assert real["kid"]["high"] < noise["kid"]["low"]
+    assert abs(real["kid"]["value"]) < 0.1 * noise["kid"]["value"]
+    assert noise["levels"]["high_band_db"]["value"] > 10 > real["levels"]["high_band_db"]["value"]
+    assert noise["prdc"] is None  # too few clips
+
+
+def test_report_is_json_and_markdown(result: dict[str, Any], tmp_path: Path) -> None:
+    numbers, text = report.write(result, tmp_path / "new")
+    again = json.loads(numbers.read_text())
+    assert again == result
+    assert again["environment"]["cores"]
+    assert again["environment"]["torch"] == torch.__version__
+    lines = text.read_text().splitlines()
+    header = next(line for line in lines if line.startswith("| set | KID"))
+    rows = [line for line in lines if line.startswith("| real |")]
+    assert len(rows) == 2
+    assert rows[1].count("|") == header.count("|")
+    assert any(line.startswith("| noise, captions shuffled |") for line in lines)
+
+
+def test_sets_need_a_caption_per_clip() -> None:
+    clip, meta = piece(0)
+    with pytest.raises(InvalidInput, match="2 clips for 1 captions"):
+        report.evaluate({"a": [clip, clip]}, [meta], [clip])
+    with pytest.raises(InvalidInput, match="0 clips"):
+        report.evaluate({"a": []}, [meta], [clip])
+
+
+# ---- the run
+
+
+@pytest.fixture(scope="module")
+def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root, items = tmp_path_factory.mktemp("data"), []
+    for i in range(14):
+        clip, record = piece(i, 3.0)
+        name = f"solo-{i:03d}"
+        soundfile.write(root / f"{name}.wav", clip.T, RATE, subtype="PCM_16")
+        captions = [f"some {record['instruments'][0]}", record["prompt"], f"{record['bpm']} bpm"]
+        facts = {k: record[k] for k in ("instruments", "bpm", "key", "mode")}
+        items.append(
+            Item(
+                name,
+                "solo",
+                "test" if i < 5 else "train",
+                f"{name}.wav",
+                3.0,
+                f"c{i}",
+                str(i),
+                "synthetic",
+                "CC0-1.0",
+                captions=captions,
+                **facts,
+            )
+        )
+    Manifest(root, 0, items).save()
+    return root
+
+
+def test_choice_is_fixed_covers_all_and_prefers_what_can_be_checked(data_set: Path) -> None:
+    from presto_rt.data.dataset import items, load_manifest
+
+    held_out = items(load_manifest(data_set), "test", run.RENDERED)
+    records = run.choose(held_out, 8, 2.0)
+    assert records == run.choose(held_out[::-1], 8, 2.0)
+    assert len({r["id"] for r in records[:5]}) == 5
+    assert [r["id"] for r in records[5:]] == [r["id"] for r in records[:3]]
+    assert records[5]["start_frame"] != records[0]["start_frame"]
+    assert all(f"in {r['key']}" in r["prompt"] and str(r["bpm"]) in r["prompt"] for r in records)
+    assert run.choose(held_out, 5, 2.0, seed=1) != records[:5]
+    with pytest.raises(InvalidInput, match="at least 3 s"):
+        run.choose(held_out, 5, 3.0)
+
+
+def test_a_model_is_judged_and_the_run_resumes(data_set: Path, tmp_path: Path) -> None:
+    from presto_rt.pipeline import load
+
+    model = load(write_tiny_model(tmp_path / "tiny"), dtype="float32")
+    settings: dict[str, Any] = {
+        "reference_count": 9,
+        "controls": 4,
+        "batch": 3,
+        "steps": 1,
+        "guidance": 1.0,
+        "workers": 2,
+    }
+    result = run.evaluate_model(model, data_set, 5, 2.0, tmp_path / "out", others={"again": model}, **settings)
+    assert list(result["sets"]) == [
+        "real, held out", "generated", "again", "codec reconstruction", "Gaussian latents", "shaped noise",
+    ]  # fmt: skip
+    assert [s["clips"] for s in result["sets"].values()] == [5, 5, 5, 5, 4, 4]
+    assert result["sets"]["generated"]["kid"] == result["sets"]["again"]["kid"]  # the same seeds
+    assert result["settings"]["steps"] == 1
+    clips = sorted((tmp_path / "out" / "clips" / "generated").iterdir())
+    assert len(clips) == 5
+    stamps = [c.stat().st_mtime_ns for c in clips]
+    kept = clips.pop()
+    kept.unlink()
+    repeated = run.evaluate_model(model, data_set, 5, 2.0, tmp_path / "out", others={"again": model}, **settings)
+    assert kept.is_file()
+    assert [c.stat().st_mtime_ns for c in clips][:3] == stamps[:3]  # the whole batch is left as it was
+    assert repeated["sets"] == result["sets"]
+
+
+def test_noise_has_the_spectrum_and_level_of_the_music() -> None:
+    clips = [piece(i)[0] for i in range(4)]
+    noise = run.shaped_noise(clips, 2, SECONDS)
+    level = np.mean([(c**2).mean(1) for c in clips], axis=0)
+    np.testing.assert_allclose((noise[0] ** 2).mean(1), level, rtol=0.3)
+    assert abs(np.corrcoef(noise[0])[0, 1]) < 0.1
+    low = np.abs(np.fft.rfft(noise[1][0]))[: int(100 * SECONDS)].mean()
+    high = np.abs(np.fft.rfft(noise[1][0]))[int(8000 * SECONDS) : int(12000 * SECONDS)].mean()
+    assert low > 30 * high
