@@ -46,16 +46,16 @@ def test_fad_needs_more_windows_than_dimensions():
 def test_kid_is_the_plain_unbiased_estimate():
     rng = np.random.default_rng(3)
     x, y = rng.standard_normal((12, 5)), rng.standard_normal((9, 5)) + 0.5
-    centre, scale = x.mean(0), x.std(0)
-    a, b = (x - centre) / scale, (y - centre) / scale
-
-    def k(u, v):
-        return (u @ v / 5 + 1) ** 3
-
-    xx = np.mean([k(a[i], a[j]) for i in range(12) for j in range(12) if i != j])
-    yy = np.mean([k(b[i], b[j]) for i in range(9) for j in range(9) if i != j])
-    xy = np.mean([k(u, v) for u in a for v in b])
-    assert distances.kid(x, y, rounds=10).value == pytest.approx(xx + yy - 2 * xy, rel=1e-9)
+    width = np.median([((x[i] - x[j]) ** 2).sum() for i in range(12) for j in range(12) if i != j])
+    kernels = {
+        distances.polynomial_kernel: lambda u, v: (u @ v / 5 + 1) ** 3,
+        distances.gaussian_kernel(x): lambda u, v: np.exp(-((u - v) ** 2).sum() / (2 * width)),
+    }
+    for kernel, k in kernels.items():
+        xx = np.mean([k(x[i], x[j]) for i in range(12) for j in range(12) if i != j])
+        yy = np.mean([k(y[i], y[j]) for i in range(9) for j in range(9) if i != j])
+        xy = np.mean([k(u, v) for u in x for v in y])
+        assert distances.kid(x, y, kernel=kernel, rounds=10).value == pytest.approx(xx + yy - 2 * xy, rel=1e-9)
 
 
 def test_kid_of_one_distribution_is_zero_on_average_even_when_windows_repeat():
@@ -87,8 +87,9 @@ def test_kid_with_captions_sees_a_wrong_pairing():
     labels = rng.integers(0, 2, (2, 80))
     x, y = (rng.standard_normal((80, 4)) + 3 * labels[i][:, None] for i in (0, 1))
     a, b = np.eye(2)[labels[0]], np.eye(2)[labels[1]]
-    right = distances.kid(x, y, captions=(a, b))
-    wrong = distances.kid(x, y, captions=(a, b[::-1]))
+    kernel = distances.gaussian_kernel(x)
+    right = distances.kid(x, y, captions=(a, b), kernel=kernel)
+    wrong = distances.kid(x, y, captions=(a, b[::-1]), kernel=kernel)
     assert right.low <= 0 <= right.high
     assert wrong.low > right.high
 

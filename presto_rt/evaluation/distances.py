@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -85,9 +85,25 @@ def _groups(clips: np.ndarray | None, n: int) -> list[np.ndarray]:
     return [np.flatnonzero(clips == c) for c in np.unique(clips)]
 
 
+Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
 def polynomial_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """(x.y/d + 1)^3 for all pairs: (N, d), (M, d) -> (N, M)."""
     return (x @ y.T / x.shape[1] + 1.0) ** 3
+
+
+def gaussian_kernel(reference: np.ndarray) -> Kernel:
+    """exp(-|x - y|^2 / 2 h^2) with h the median distance between reference windows (of at most 500): from 0 to 1, so
+    a few far windows cannot decide the result.
+    """
+    few = reference[:: max(1, len(reference) // 500)]
+    width = float(np.median(_squares(few, few)[~np.eye(len(few), dtype=bool)]))
+    return lambda x, y: np.exp(-_squares(x, y) / (2.0 * width))
+
+
+def _squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return ((x**2).sum(1)[:, None] + (y**2).sum(1) - 2.0 * x @ y.T).clip(min=0)
 
 
 def _clip_sums(kernel: np.ndarray, rows: list[np.ndarray], columns: list[np.ndarray]) -> np.ndarray:
@@ -102,6 +118,7 @@ def kid(
     reference_clips: np.ndarray | None = None,
     candidate_clips: np.ndarray | None = None,
     captions: tuple[np.ndarray, np.ndarray] | None = None,
+    kernel: Kernel = polynomial_kernel,
     rounds: int = 200,
 ) -> Estimate:
     """Unbiased kernel distance between windows (M, d) and (N, d); may be slightly negative when the sets are alike.
@@ -112,14 +129,12 @@ def kid(
     captions.
     """
     x, y = np.asarray(reference, dtype=np.float64), np.asarray(candidate, dtype=np.float64)
-    centre, scale = x.mean(0), x.std(0).clip(min=1e-6)  # so that every dimension counts, whatever its scale
-    x, y = (x - centre) / scale, (y - centre) / scale
     groups_x, groups_y = _groups(reference_clips, len(x)), _groups(candidate_clips, len(y))
     if min(len(groups_x), len(groups_y)) < 4:
         raise InvalidInput("a kernel distance needs at least 4 clips in each set")
-    xx = _clip_sums(polynomial_kernel(x, x), groups_x, groups_x)
-    yy = _clip_sums(polynomial_kernel(y, y), groups_y, groups_y)
-    xy = _clip_sums(polynomial_kernel(x, y), groups_x, groups_y)
+    xx = _clip_sums(kernel(x, x), groups_x, groups_x)
+    yy = _clip_sums(kernel(y, y), groups_y, groups_y)
+    xy = _clip_sums(kernel(x, y), groups_x, groups_y)
 
     if captions is not None:
         a, b = captions

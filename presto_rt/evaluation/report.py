@@ -16,7 +16,7 @@ import numpy as np
 
 from presto_rt.errors import InvalidInput
 from presto_rt.evaluation import adherence
-from presto_rt.evaluation.distances import fad, kid, level_distances, prdc
+from presto_rt.evaluation.distances import fad, gaussian_kernel, kid, level_distances, prdc
 from presto_rt.evaluation.listen import Listening, listen, take
 from presto_rt.evaluation.musicnn import MTT_TAGS
 from presto_rt.evaluation.statistics import Estimate, mean
@@ -77,8 +77,10 @@ def evaluate(
 def distances(real: Listening, heard: Listening) -> dict[str, Any]:
     """Every distance of a set from the reference, and the set's own spread."""
     few = min(len(real.clip), len(heard.clip))
+    windows = (real.penultimate, heard.penultimate, real.clip, heard.clip)
     return {
-        "kid": kid(real.penultimate, heard.penultimate, real.clip, heard.clip),
+        "kid": kid(*windows),
+        "mmd": kid(*windows, kernel=gaussian_kernel(real.penultimate)),
         "fad16": fad(real.penultimate, heard.penultimate, heard.clip, dims=16) if few > 32 else None,
         "fad64": fad(real.penultimate, heard.penultimate, heard.clip, dims=64) if few > 256 else None,
         "prdc": prdc(real.embedding, heard.embedding) if min(len(real.embedding), len(heard.embedding)) > 6 else None,
@@ -95,7 +97,10 @@ def joint_distance(
     if captions is None:
         return {}
     pairs = (captions, caption_vectors(meta))
-    return {"kid_captions": kid(real.penultimate, heard.penultimate, real.clip, heard.clip, captions=pairs)}
+    kernel = gaussian_kernel(real.penultimate)
+    return {
+        "mmd_captions": kid(real.penultimate, heard.penultimate, real.clip, heard.clip, captions=pairs, kernel=kernel)
+    }
 
 
 def agreement(heard: Listening, meta: Sequence[Meta], probe: adherence.Probe | None) -> dict[str, Any]:
@@ -195,18 +200,27 @@ def markdown(result: dict[str, Any]) -> str:
             _cell(m["key"]["mirex"]),
         ]
         agreement_rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    header = ["set", "KID x1000", "KID with captions x1000", "FAD, 16 dims", "precision / recall", "density / coverage"]
+    header = [
+        "set",
+        "KID x1000",
+        "MMD x1000",
+        "MMD with captions x1000",
+        "FAD, 16 dims",
+        "precision / recall",
+        "density / coverage",
+    ]
     header += ["notes per s", "diversity", "level, dB", "side/mid, dB", "8-16 kHz, dB"]
     distance_rows = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for name, m in _rows(result):
-        joint = _cell(m.get("kid_captions"), 1000, 1)
+        joint = _cell(m.get("mmd_captions"), 1000, 1)
         if name.endswith(SHUFFLED):
-            distance_rows.append(f"| {name} | as above | {joint} |" + " as above |" * (len(header) - 3))
+            distance_rows.append(f"| {name} | as above | as above | {joint} |" + " as above |" * (len(header) - 4))
             continue
         p = m["prdc"]
         pair = [f"{p[a]:.2f} / {p[b]:.2f}" if p else "-" for a, b in (("precision", "recall"), ("density", "coverage"))]
         cells = [
             _cell(m["kid"], 1000, 1),
+            _cell(m["mmd"], 1000, 1),
             joint,
             _cell(m["fad16"]),
             *pair,

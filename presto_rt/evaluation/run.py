@@ -206,8 +206,9 @@ def evaluate_model(
     (the ceilings). others: more models by name, judged on the same captions; they use the first model's codec for
     nothing. Controls: the held-out clips themselves, the codec's reconstruction of them, `controls` clips each of
     decoded Gaussian latents and of noise with the music's spectrum; and every set with its captions shuffled. The
-    reference is `reference_count` clips of the other splits. Clips and what was heard in them are kept below `out`,
-    so a run can be repeated or resumed. Returns what was written.
+    reference is `reference_count` clips of the other splits. Generated clips are kept below `out`, and what was
+    heard in any clip in `data_root`/heard by the hash of its samples, so a run can be repeated or resumed. Returns
+    what was written.
     """
     root, folder = Path(data_root), Path(out)
     manifest = load_manifest(root)
@@ -239,7 +240,7 @@ def evaluate_model(
         reference,
         reference_meta=reference_records,
         workers=workers,
-        keep=folder / "heard",
+        keep=root / "heard",
         progress=progress,
     )
     result["settings"] = {
