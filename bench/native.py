@@ -1,0 +1,123 @@
+"""What do the C++ operators save? `python bench/native.py`: each against its torch or numpy twin, for 32 s of stereo.
+
+Both must first give the same result; an operator that does not is an error, not a row. Times are medians over the
+repeats, the two versions by turns; GB/s counts each input and output byte once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from results import save, spread, table
+
+from presto_rt import native
+from presto_rt.models.codec_features import FRAME_HOP, N_FFT, spsi_numpy
+from presto_rt.noise import normal, normal_torch
+from presto_rt.overlap import overlap_add, overlap_add_torch
+from presto_rt.pcm import to_pcm, to_pcm_torch
+
+SAMPLES = 32 * 44_100
+LATENTS = 689 * 64
+FRAMES = SAMPLES // FRAME_HOP
+
+Case = tuple[str, Callable[[], Any], Callable[[], Any], int, float]
+
+
+def cases() -> list[Case]:
+    """Name, C++ version, twin, bytes moved, largest difference allowed between the two."""
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.rand(2, SAMPLES, generator=generator) - 0.5
+    frames = torch.randn(2, FRAMES, N_FFT, generator=generator)
+    window = torch.hann_window(N_FFT)
+    magnitude = torch.rand(2, FRAMES, N_FFT // 2 + 1, generator=generator).numpy()
+    total = (FRAMES - 1) * FRAME_HOP + N_FFT
+    keep = slice(N_FFT // 2, total - N_FFT // 2)
+    lib = native.lib
+    return [
+        (
+            "noise, one clip's latents",
+            lambda: normal(1, (LATENTS,)),
+            lambda: normal_torch(1, LATENTS),
+            4 * LATENTS,
+            0.0,
+        ),
+        ("noise, a million", lambda: normal(1, (10**6,)), lambda: normal_torch(1, 10**6), 4 * 10**6, 0.0),
+        (
+            "overlap_add",
+            lambda: overlap_add(frames, window, FRAME_HOP),
+            lambda: overlap_add_torch(frames, window, FRAME_HOP)[0][:, keep],
+            4 * (frames.numel() + 2 * total),
+            0.0,
+        ),
+        (
+            "to_pcm, 16 bits",
+            lambda: to_pcm(samples, dither=False),
+            lambda: to_pcm_torch(samples, 16, dither=False, seed=0),
+            6 * samples.numel(),
+            0.0,
+        ),
+        (
+            "to_pcm, 16 bits, dither",
+            lambda: to_pcm(samples),
+            lambda: to_pcm_torch(samples, 16, dither=True, seed=0),
+            6 * samples.numel(),
+            0.0,
+        ),
+        (
+            "spsi",
+            lambda: torch.from_numpy(lib.spsi(magnitude, FRAME_HOP, N_FFT)),
+            lambda: torch.from_numpy(spsi_numpy(magnitude)),
+            12 * magnitude.size,
+            1e-5,
+        ),
+    ]
+
+
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    """Both versions by turns after one warm-up, which also compares their results."""
+    name, fast, twin, moved, tolerance = case
+    difference = float((fast() - twin()).abs().max())
+    if not difference <= tolerance:
+        raise SystemExit(f"{name}: C++ and twin differ by {difference:g}; no speeds for a wrong result")
+    times: dict[str, list[float]] = {"cpp": [], "twin": []}
+    for _ in range(repeats):
+        for key, function in (("cpp", fast), ("twin", twin)):
+            begin = time.perf_counter()
+            function()
+            times[key].append(time.perf_counter() - begin)
+    seconds = {key: spread(values) for key, values in times.items()}
+    return {
+        "operator": name,
+        "seconds": seconds,
+        "gb_per_s": moved / seconds["cpp"]["median"] / 1e9,
+        "speed_up": seconds["twin"]["median"] / seconds["cpp"]["median"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=20)
+    a = parser.parse_args()
+    if native.lib is None:
+        raise SystemExit(f"there are no C++ operators to measure: {native.why}")
+    rows = [measure(case, a.repeats) for case in cases()]
+    header = ["operator, 32 s of stereo", "C++", "twin", "speed-up", "C++ GB/s"]
+    cells = [
+        [
+            r["operator"],
+            *(f"{r['seconds'][key]['median'] * 1e3:.2f} ms" for key in ("cpp", "twin")),
+            f"{r['speed_up']:.1f}",
+            f"{r['gb_per_s']:.1f}",
+        ]
+        for r in rows
+    ]
+    print(table(header, cells))
+    print(save("native", rows))
+
+
+if __name__ == "__main__":
+    main()
