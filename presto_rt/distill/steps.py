@@ -17,15 +17,14 @@ no GAN, and consistency distillation along the teacher's ODE.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..config import ModelConfig
 from ..diffusion.precond import coefficients, loss_weight, precondition
 from ..diffusion.schedule import LayerSchedule
 from ..errors import InvalidInput
@@ -95,159 +94,184 @@ def settings(method: str, minutes: float, **changes: Any) -> StepDistillation:
     return replace(StepDistillation(minutes), **METHODS[method], **changes)
 
 
+class Networks(Protocol):
+    """What the losses need of the networks: denoisers D(x, sigma, condition) and the discriminator's logits."""
+
+    def generator(self, x: Tensor, sigma: Tensor, condition: Any) -> Tensor: ...
+    def fake(self, x: Tensor, sigma: Tensor, condition: Any) -> Tensor: ...
+    def real(self, x: Tensor, sigma: Tensor, condition: Any) -> Tensor: ...
+    def logits(self, x: Tensor, sigma: Tensor, condition: Any) -> Tensor: ...
+
+
+class StepLosses:
+    """The algorithm: the two losses of the two sides, for any networks (the tests run it on toys).
+
+    levels(name, count) draws noise levels (count,); gaussian(like) draws noise; ladder: (sigma_min, sigma_max, rho).
+    """
+
+    def __init__(self, networks: Networks, options: StepDistillation, levels: Callable[[str, int], Tensor],
+                 gaussian: Callable[[Tensor], Tensor], sigma_data: float,
+                 ladder: tuple[float, float, float]) -> None:  # fmt: skip
+        self.networks, self.options, self.levels, self.gaussian = networks, options, levels, gaussian
+        self.sigma_data, self.ladder = sigma_data, ladder
+
+    def generate(self, x: Tensor, condition: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_hat, its noisy input, s_g) from real samples x."""
+        sigma = self.levels(self.options.p_gen, len(x))
+        noisy = corrupt(x, sigma, self.gaussian(x))
+        return self.networks.generator(noisy, sigma, condition), noisy, sigma
+
+    def fake_side(self, x: Tensor, condition: Any) -> dict[str, Tensor]:
+        """Losses of mu_fake and the discriminator."""
+        o, nets = self.options, self.networks
+        with torch.no_grad():
+            x_hat = self.generate(x, condition)[0].float()
+        sigma = self.levels(o.p_dsm, len(x))
+        weight = loss_weight(sigma, self.sigma_data)
+        losses = {
+            "fake_score": denoising_score_matching(
+                x_hat, sigma, self.gaussian(x), lambda y, s: nets.fake(y, s, condition), weight
+            )
+        }
+        if o.gan_weight:
+            level = self.levels(o.p_gan, len(x))
+            real = nets.logits(corrupt(x, level, self.gaussian(x)), level, condition)
+            generated = nets.logits(corrupt(x_hat, level, self.gaussian(x)), level, condition)
+            losses["discriminator"] = o.gan_weight * discriminator_loss(real, generated)
+        return losses
+
+    def generator_side(self, x: Tensor, condition: Any) -> dict[str, Tensor]:
+        """Losses of the generator."""
+        o, nets, losses = self.options, self.networks, {}
+        x_hat, noisy, sigma = self.generate(x, condition)
+        if o.consistency:
+            losses["consistency"] = consistency_loss(x_hat, self.consistency_target(noisy, sigma, condition))
+        if o.dmd_weight:
+            gradient = distribution_matching_gradient(
+                x_hat.float(), self.levels(o.p_dmd, len(x)), self.gaussian(x),
+                lambda y, s: nets.fake(y, s, condition), lambda y, s: nets.real(y, s, condition),
+            )  # fmt: skip
+            losses["matching"] = o.dmd_weight * follow(x_hat, gradient)
+        if o.gan_weight:
+            level = self.levels(o.p_gan, len(x))
+            logits = nets.logits(corrupt(x_hat, level, self.gaussian(x)), level, condition)
+            losses["gan"] = o.gan_weight * generator_loss(logits)
+        return losses
+
+    @torch.no_grad()
+    def consistency_target(self, noisy: Tensor, sigma: Tensor, condition: Any, steps: int = 18) -> Tensor:
+        """The generator's answer one Euler step of the guided teacher's ODE further down the ladder."""
+        sigma_min, sigma_max, rho = self.ladder
+        low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+        position = sigma ** (1 / rho) - (high - low) / steps
+        lower = position.clamp_min(low) ** rho
+        column = (-1,) + (1,) * (noisy.dim() - 1)
+        x0 = self.networks.real(noisy, sigma, condition)
+        moved = x0 + (lower / sigma).view(column) * (noisy - x0)
+        answer = self.networks.generator(moved, lower, condition)
+        return torch.where((position <= low).view(column), x0, answer)
+
+
 class StepTrainer(Trainer):
-    """`layers`: the generator's layer schedule (Presto-LS); None runs all blocks."""
+    """Runs `StepLosses` on diffusion transformers. `layers`: the generator's layer schedule (Presto-LS)."""
 
     def __init__(self, data_root: str | Path, run_dir: str | Path, teacher: DiT, options: StepDistillation,
                  device: str = "auto", layers: LayerSchedule | None = None,
                  student: DiT | None = None) -> None:  # fmt: skip
         super().__init__(run_dir, options.minutes, options.seed, device, options.checkpoint_minutes)
-        self.config: ModelConfig = teacher.config
-        self.options, self.layers = options, layers or LayerSchedule.full(teacher.config.blocks)
+        c = self.config = teacher.config
+        self.options, self.layers = options, layers or LayerSchedule.full(c.blocks)
         self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
-        self.generator_net = copy.deepcopy(student or teacher).to(self.device).requires_grad_(True)
-        self.fake = copy.deepcopy(teacher).to(self.device).requires_grad_(True)
-        self.head = Head(teacher.config.width).to(self.device)
-        self.tap = options.tap if options.tap is not None else teacher.config.blocks // 2
+        self.model = copy.deepcopy(student or teacher).to(self.device).requires_grad_(True)
+        self.fake_model = copy.deepcopy(teacher).to(self.device).requires_grad_(True)
+        self.head = Head(c.width).to(self.device)
+        self.tap = options.tap if options.tap is not None else c.blocks // 2
         self.train_set = LatentSet(data_root, "train", self.device)
         self.val_set = LatentSet(data_root, "val", self.device)
-        self.ema = Ema(self.generator_net, options.ema_decay)
-        self.modules = {"model": self.generator_net, "fake": self.fake, "head": self.head}
+        self.ema = Ema(self.model, options.ema_decay)
+        self.modules = {"model": self.model, "fake": self.fake_model, "head": self.head}
         betas = (0.0, 0.99)  # no momentum: the two sides chase each other
         self.optimizers = {
-            "model": adamw(self.generator_net, options.generator_rate, betas, 0.0),
-            "fake": adamw(self.fake, options.fake_rate, betas, 0.0),
+            "model": adamw(self.model, options.generator_rate, betas, 0.0),
+            "fake": adamw(self.fake_model, options.fake_rate, betas, 0.0),
             "head": adamw(self.head, options.fake_rate, betas, 0.0),
         }
+        self.losses = StepLosses(self, options, self.levels, self.gaussian, c.sigma_data,
+                                 (c.sigma_min, c.sigma_max, c.rho))  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
         return {"options": asdict(self.options), "layers": self.layers.to_json()}
 
-    def denoise(self, model: DiT, x: Tensor, sigma: Tensor, condition: Condition,
-                layers: LayerSchedule | None = None) -> Tensor:  # fmt: skip
-        """D(x; sigma) with the blocks that `layers` gives each clip's own level."""
-        groups: dict[tuple[int, ...], list[int]] = {}
+    def levels(self, name: str, count: int) -> Tensor:
+        return draw_levels(name, self.uniforms(count), self.config)
+
+    def generator(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """G: each clip with the blocks that the layer schedule gives its own level."""
+        rows: dict[tuple[int, ...], list[int]] = {}
         for i, s in enumerate(sigma.tolist()):
-            groups.setdefault(layers.blocks(s) if layers else tuple(range(self.config.blocks)), []).append(i)
-        out = torch.empty_like(x) if len(groups) > 1 else None
-        for blocks, members in groups.items():
-            part = x if out is None else x[members]
-            given = condition if out is None else select(condition, members)
-            y = precondition(model, part, sigma if out is None else sigma[members], given, blocks,
-                             kind=self.config.network, sigma_data=self.config.sigma_data)  # fmt: skip
-            if out is None:
-                return y
-            out = out.index_copy(0, torch.tensor(members, device=x.device), y)
-        assert out is not None
+            rows.setdefault(self.layers.blocks(s), []).append(i)
+        out = torch.empty_like(x)
+        for blocks, clips in rows.items():
+            index = torch.tensor(clips, device=x.device)
+            given = Condition(*(getattr(condition, k)[index] for k in condition.__dataclass_fields__))
+            out = out.index_copy(0, index, self.denoise(self.model, x[index], sigma[index], given, blocks))
         return out
 
+    def fake(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """mu_fake, full depth."""
+        return self.denoise(self.fake_model, x, sigma, condition)
+
     def real(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """mu_real: the guided teacher, both branches in one batch."""
+        """mu_real: the guided teacher, full depth, both branches in one batch."""
         doubled = condition.cat(self.teacher.null(condition))
         d_c, d_u = self.denoise(self.teacher, torch.cat([x, x]), torch.cat([sigma, sigma]), doubled).chunk(2)
         return d_u + self.options.guidance * (d_c - d_u)
 
     def logits(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """The discriminator, listening to mu_fake's activations after `tap` blocks."""
         _, _, c_in, time = coefficients(sigma, self.config.network, self.config.sigma_data)
-        return self.head(self.fake.hidden(c_in[:, None, None] * x, time, condition, self.tap))
+        return self.head(self.fake_model.hidden(c_in[:, None, None] * x, time, condition, self.tap))
 
-    def levels(self, name: str, count: int) -> Tensor:
-        return draw_levels(name, self.uniforms(count), self.config)
-
-    def generate(self, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
-        """(x_hat, noisy input, s_g) from real latents x."""
-        sigma = self.levels(self.options.p_gen, len(x))
-        noisy = corrupt(x, sigma, self.gaussian(x))
-        return self.denoise(self.generator_net, noisy, sigma, condition, self.layers), noisy, sigma
-
-    def batch(self) -> tuple[Tensor, Condition]:
-        o = self.options
-        x, condition = draw_batch(self.train_set, self.rng, o.tokens, o.frames, o.beat_dropout)
-        self.frames_seen += x.shape[0] * x.shape[1]
-        return x, condition
+    def denoise(self, model: DiT, x: Tensor, sigma: Tensor, condition: Condition,
+                blocks: tuple[int, ...] | None = None) -> Tensor:  # fmt: skip
+        return precondition(model, x, sigma, condition, blocks,
+                            kind=self.config.network, sigma_data=self.config.sigma_data)  # fmt: skip
 
     def train_step(self, progress: float) -> dict[str, float]:
-        losses: dict[str, float] = {}
-        if not self.options.consistency:
-            for _ in range(self.options.fake_updates):
-                losses |= self.fake_update(progress)
-        losses |= self.generator_update(progress)
+        o, logged = self.options, {}
+        for _ in range(0 if o.consistency else o.fake_updates):
+            losses = self.backward(self.losses.fake_side)
+            self.update("fake", o.fake_rate, progress)
+            if o.gan_weight:
+                self.update("head", o.fake_rate, progress)
+            logged |= losses
+        losses = self.backward(self.losses.generator_side)
+        self.update("model", o.generator_rate, progress)
+        for other in ("fake", "head"):
+            self.modules[other].zero_grad(set_to_none=True)
+        self.ema.update(self.model)
         self.step += 1
-        return losses
+        return {"loss": sum(losses.values())} | losses | logged
 
-    def fake_update(self, progress: float) -> dict[str, float]:
-        o, (x, condition) = self.options, self.batch()
+    def backward(self, side: Callable[[Tensor, Condition], dict[str, Tensor]]) -> dict[str, float]:
+        """Gradients of one side's losses on a fresh batch."""
+        o = self.options
+        x, condition = draw_batch(self.train_set, self.rng, o.tokens, o.frames, o.beat_dropout)
         with torch.autocast(self.device.type, torch.bfloat16):
-            with torch.no_grad():
-                x_hat = self.generate(x, condition)[0].float()
-            sigma = self.levels(o.p_dsm, len(x))
-            weight = loss_weight(sigma, self.config.sigma_data)
-            loss = score = denoising_score_matching(
-                x_hat, sigma, self.gaussian(x), lambda y, s: self.denoise(self.fake, y, s, condition), weight
-            )
-            if o.gan_weight:
-                level = self.levels(o.p_gan, len(x))
-                both = torch.cat([corrupt(x, level, self.gaussian(x)), corrupt(x_hat, level, self.gaussian(x))])
-                real, generated = self.logits(both, torch.cat([level, level]), condition.cat(condition)).chunk(2)
-                gan = discriminator_loss(real, generated)
-                loss = score + o.gan_weight * gan
-        loss.backward()
-        self.update("fake", self.fake, o.fake_rate, progress)
-        if o.gan_weight:
-            self.update("head", self.head, o.fake_rate, progress)
-        return {"fake_score": float(score.detach())} | ({"discriminator": float(gan.detach())} if o.gan_weight else {})
+            losses = side(x, condition)
+        torch.stack([v.float() for v in losses.values()]).sum().backward()
+        self.frames_seen += x.shape[0] * x.shape[1]
+        return {k: float(v.detach()) for k, v in losses.items()}
 
-    def generator_update(self, progress: float) -> dict[str, float]:
-        o, (x, condition) = self.options, self.batch()
-        parts: dict[str, Tensor] = {}
-        with torch.autocast(self.device.type, torch.bfloat16):
-            x_hat, noisy, sigma_g = self.generate(x, condition)
-            if o.consistency:
-                parts["consistency"] = consistency_loss(x_hat, self.consistency_target(noisy, sigma_g, condition))
-            if o.dmd_weight:
-                gradient = distribution_matching_gradient(
-                    x_hat.float(), self.levels(o.p_dmd, len(x)), self.gaussian(x),
-                    lambda y, s: self.denoise(self.fake, y, s, condition), lambda y, s: self.real(y, s, condition),
-                )  # fmt: skip
-                parts["matching"] = o.dmd_weight * follow(x_hat, gradient)
-            if o.gan_weight:
-                level = self.levels(o.p_gan, len(x))
-                parts["gan"] = o.gan_weight * generator_loss(
-                    self.logits(corrupt(x_hat, level, self.gaussian(x)), level, condition)
-                )
-        loss = torch.stack(list(parts.values())).sum()
-        loss.backward()
-        self.update("model", self.generator_net, o.generator_rate, progress)
-        for other in (self.fake, self.head):
-            other.zero_grad(set_to_none=True)
-        self.ema.update(self.generator_net)
-        return {"loss": float(loss.detach())} | {k: float(v.detach()) for k, v in parts.items()}
-
-    @torch.no_grad()
-    def consistency_target(self, noisy: Tensor, sigma: Tensor, condition: Condition, steps: int = 18) -> Tensor:
-        """The generator's answer one Euler step of the guided teacher's ODE further down the ladder."""
-        c = self.config
-        low, high = c.sigma_min ** (1 / c.rho), c.sigma_max ** (1 / c.rho)
-        position = sigma ** (1 / c.rho) - (high - low) / steps
-        lower = position.clamp_min(low) ** c.rho
-        x0 = self.real(noisy, sigma, condition)
-        moved = x0 + (lower / sigma)[:, None, None] * (noisy - x0)
-        answer = self.denoise(self.generator_net, moved, lower, condition, self.layers)
-        return torch.where((position <= low)[:, None, None], x0, answer)
-
-    def update(self, name: str, module: nn.Module, rate: float, progress: float) -> None:
+    def update(self, name: str, rate: float, progress: float) -> None:
+        module = self.modules[name]
         nn.utils.clip_grad_norm_(module.parameters(), self.options.clip)
         self.set_rate(name, rate, progress)
         self.optimizers[name].step()
         module.zero_grad(set_to_none=True)
 
     def validate(self) -> dict[str, float]:
-        """The generator is no denoiser any more; at full noise its error against the teacher's tells divergence."""
-        model = copy.deepcopy(self.generator_net)
+        """Held-out error: no figure of quality (a generator samples, it does not average), but it shows divergence."""
+        model = copy.deepcopy(self.model)
         self.ema.copy_to(model)
         return held_out_error(model.eval(), self.val_set)
-
-
-def select(condition: Condition, members: Sequence[int]) -> Condition:
-    """The clips `members` of a batch of conditions."""
-    return Condition(*(getattr(condition, k)[list(members)] for k in condition.__dataclass_fields__))
