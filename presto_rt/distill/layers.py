@@ -63,7 +63,7 @@ def settings(method: str, minutes: float, **changes: Any) -> LayerDistillation:
     """The settings of a method by name. Raises InvalidInput, listing the methods, for an unknown one."""
     if method not in METHODS:
         raise InvalidInput(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    return replace(LayerDistillation(minutes), **METHODS[method], **changes)
+    return replace(LayerDistillation(minutes), **{**METHODS[method], **changes})
 
 
 class LayerTrainer(Trainer):

@@ -91,7 +91,7 @@ def settings(method: str, minutes: float, **changes: Any) -> StepDistillation:
     """The settings of a method by name. Raises InvalidInput, listing the methods, for an unknown one."""
     if method not in METHODS:
         raise InvalidInput(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    return replace(StepDistillation(minutes), **METHODS[method], **changes)
+    return replace(StepDistillation(minutes), **{**METHODS[method], **changes})
 
 
 class Networks(Protocol):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from presto_rt import native
 from presto_rt.data.dataset import frames_of, items, load_manifest, read_audio
 from presto_rt.errors import InvalidInput, MissingDependency
-from presto_rt.models.codec import Codec, CodecConfig
+from presto_rt.models.codec import Codec, load_codec
 from presto_rt.models.codec_features import N_FFT, SAMPLE_RATE, mel_filters
 
 MEASURES = {
@@ -252,18 +252,6 @@ def picture(path: str | os.PathLike[str], original: np.ndarray, copy: np.ndarray
         axis.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
     axes[1].set_xlabel("seconds")
     figure.savefig(path)
-
-
-def load_codec(folder: str | os.PathLike[str]) -> Codec:
-    """A codec from a trainer's final folder: config.json and codec.safetensors, any float type."""
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    if not (folder / "config.json").is_file() or not (folder / "codec.safetensors").is_file():
-        raise InvalidInput(f"{folder} has no config.json and codec.safetensors: give a codec trainer's final folder")
-    codec = Codec(CodecConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
-    codec.load_state_dict({name: value.float() for name, value in load_file(folder / "codec.safetensors").items()})
-    return codec.eval()
 
 
 def main() -> None:

@@ -157,7 +157,7 @@ def generated(
         raise MissingDependency("keeping generated clips needs soundfile: pip install soundfile") from error
     folder.mkdir(parents=True, exist_ok=True)
     frames = round(seconds * SAMPLE_RATE)
-    settings = json.dumps({"seconds": seconds, "batch": batch, **options}, sort_keys=True, default=str)
+    settings = json.dumps({"seconds": seconds, "weights": fingerprint(model), **options}, sort_keys=True, default=str)
     files = [folder / f"{i:04d}-{_digest(f'{prompt}|{seed}|{settings}')}.flac" for i, prompt in enumerate(prompts)]
     began, made = time.monotonic(), 0
     for start in range(0, len(prompts), batch):
@@ -179,6 +179,18 @@ def generated(
     return Lazy(make, len(prompts))
 
 
+def fingerprint(model: Any) -> str:
+    """A hash of the model's transformer and codec weights."""
+    import torch
+
+    digest = hashlib.sha256()
+    for part in (getattr(model, "dit", None), getattr(model, "codec", None)):
+        for key, value in sorted(part.state_dict().items()) if part is not None else ():
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -193,7 +205,7 @@ def evaluate_model(
     name: str = "generated",
     others: Mapping[str, Any] | None = None,
     reference_count: int = 400,
-    controls: int = 100,
+    controls: int = 48,
     seed: int = 0,
     batch: int = 8,
     workers: int | None = None,
@@ -203,8 +215,8 @@ def evaluate_model(
     """Judge a model on `count` held-out captions and write `evaluation.json` and `evaluation.md` into `out`.
 
     model: has `generate(prompts, seconds=, seed=, **options) -> list[Audio]` and `codec`; None judges the data alone
-    (the ceilings). others: more models by name, judged on the same captions; they use the first model's codec for
-    nothing. Controls: the held-out clips themselves, the codec's reconstruction of them, `controls` clips each of
+    (the ceilings). others: more models by name, judged on the same captions; the reconstruction is by the first one's
+    codec. Controls: the held-out clips themselves, the codec's reconstruction of them, `controls` clips each of
     decoded Gaussian latents and of noise with the music's spectrum; and every set with its captions shuffled. The
     reference is `reference_count` clips of the other splits. Generated clips are kept below `out`, and what was
     heard in any clip in `data_root`/heard by the hash of its samples, so a run can be repeated or resumed. Returns

@@ -10,8 +10,11 @@ encoder is frozen; a new encoder means new latents, and a new diffusion model.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -231,3 +234,15 @@ class Codec(nn.Module):
     def frame_rate(self) -> float:
         """Spectral frames per second."""
         return SAMPLE_RATE / FRAME_HOP
+
+
+def load_codec(folder: str | os.PathLike[str]) -> Codec:
+    """A codec from a trainer's final folder: config.json and codec.safetensors, any float type."""
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() or not (folder / "codec.safetensors").is_file():
+        raise InvalidInput(f"{folder} has no config.json and codec.safetensors: give a codec trainer's final folder")
+    codec = Codec(CodecConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
+    codec.load_state_dict({name: value.float() for name, value in load_file(folder / "codec.safetensors").items()})
+    return codec.eval()

@@ -189,9 +189,9 @@ class SpectralFrames(nn.Module):
 
     @staticmethod
     def _magnitude(logs: Tensor) -> Tensor:
-        # The floor that analysis added is taken off again: left in, silent bins would hum at -90 dB each, and the 60 bins
-        # of a mel band near 16 kHz together at -72 dB. What is left near the floor is the network's error in the main,
-        # and shrinks as in a Wiener filter.
+        # The floor that analysis added is taken off again: left in, silent bins would hum at -90 dB each, and the
+        # 60 bins of a mel band near 16 kHz together at -72 dB. What is left near the floor is mostly the network's
+        # error, and shrinks as in a Wiener filter.
         power = ((2.0 * logs).exp() - POWER_FLOOR).clamp_min(0.0)
         return (power.square() / (power + 0.3 * POWER_FLOOR)).clamp_min(1e-16).sqrt()
 

@@ -8,6 +8,7 @@ last item recorded and ends at the same bytes.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from presto_rt.data.dataset import Item, frames_of, items, load_manifest, read_audio
 from presto_rt.errors import InvalidInput
-from presto_rt.models.codec import Codec
+from presto_rt.models.codec import Codec, load_codec
 from presto_rt.models.codec_features import LATENT_HOP
 
 RENDERED = ("solo", "duo", "band")
@@ -38,8 +39,8 @@ def encode_dataset(
 ) -> dict[str, int]:
     """Encode all items of `kinds` and return the number of latent frames for each split.
 
-    Resumes where an earlier call with the same codec and items stopped; a split that was encoded by another codec, or
-    from other items, is encoded anew. Raises InvalidInput where no split has items of these kinds.
+    Items that an earlier call encoded with the same codec are taken over: a killed run goes on, and a grown data set costs
+    only its new items. Files of another codec are replaced. Raises InvalidInput where no split has items of these kinds.
     """
     manifest = load_manifest(data_root)
     out = Path(out_dir)
@@ -56,10 +57,10 @@ def encode_dataset(
 
 
 def codec_stamp(codec: Codec) -> str:
-    """SHA-256 over the weights that latents depend on: encoder and buffers."""
+    """SHA-256 over the weights that latents depend on."""
     digest = hashlib.sha256()
     for name, value in sorted(codec.state_dict().items()):
-        if not name.startswith("decoder."):
+        if name.startswith("encoder.") or name in ("feature_mean", "latent_mean", "latent_scale"):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -90,44 +91,65 @@ def _encode_split(
             for item, start, length in zip(chosen, starts[:-1], lengths, strict=True)
         ],
     }
-    done = _done(index_path, array_path, index)
-    shape = (total, codec.config.latent_channels)
-    if total == 0:
-        _write_json(index_path, {**index, "done": 0, "complete": True})
-        np.save(array_path, np.zeros(shape, np.float16))
-        return 0
-    latents = np.lib.format.open_memmap(array_path, mode="r+" if done else "w+", dtype=np.float16, shape=shape)
+    known = _known(out, split, stamp)
+    part_index, part_array = out / f"{split}.part.json", out / f"{split}.part.npy"
+    latents = np.lib.format.open_memmap(
+        part_array, mode="w+", dtype=np.float16, shape=(total, codec.config.latent_channels)
+    )
     bar = tqdm(total=round(sum(i.seconds for i in chosen)), desc=f"latents, {split}", unit="s", disable=not progress)
+    fresh = 0
     for number, item in enumerate(chosen):
-        if number >= done:
+        encoded = known.get(item.id)
+        if encoded is None or len(encoded) != lengths[number]:
             samples = torch.from_numpy(read_audio(item, root=root))
             encoded = codec.encode(samples)[0].cpu().numpy()
-            if len(encoded) != lengths[number]:
-                raise InvalidInput(f"{item.id} is not {item.seconds} s long as the manifest says: rebuild the data set")
-            latents[starts[number] : starts[number + 1]] = encoded
-            if number % 100 == 99:
-                latents.flush()
-                _write_json(index_path, {**index, "done": number + 1, "complete": False})
+            fresh += 1
+        if len(encoded) != lengths[number]:
+            raise InvalidInput(f"{item.id} is not {item.seconds} s long as the manifest says: rebuild the data set")
+        latents[starts[number] : starts[number + 1]] = encoded
+        if fresh % 200 == 199:
+            latents.flush()
+            _write_json(part_index, {**index, "done": number + 1, "complete": False})
         bar.update(round(item.seconds))
     bar.close()
     latents.flush()
+    os.replace(part_array, array_path)
     _write_json(index_path, {**index, "done": len(chosen), "complete": True})
+    part_index.unlink(missing_ok=True)
     return total
 
 
-def _done(index_path: Path, array_path: Path, index: dict[str, Any]) -> int:
-    """Items that an earlier run with the same codec and the same items has finished."""
-    if not index_path.is_file() or not array_path.is_file():
-        return 0
-    try:
-        found = json.loads(index_path.read_text(encoding="utf-8"))
-    except ValueError:
-        return 0
-    same = all(found.get(key) == value for key, value in index.items())
-    return int(found["done"]) if same else 0
+def _known(out: Path, split: str, stamp: str) -> dict[str, np.ndarray]:
+    """Latents by item that earlier runs with the same codec left, whole or in part."""
+    known: dict[str, np.ndarray] = {}
+    for stem in (split, f"{split}.part"):
+        try:
+            index = json.loads((out / f"{stem}.json").read_text(encoding="utf-8"))
+            array = np.load(out / f"{stem}.npy", mmap_mode="r")
+        except (OSError, ValueError):
+            continue
+        if index.get("codec") != stamp or len(array) != index["total_frames"]:
+            continue
+        for item in index["items"][: index["done"]]:
+            known[item["id"]] = np.array(array[item["start"] : item["start"] + item["frames"]])
+    return known
+
+
+def main() -> None:
+    """Command line: encode a data set's rendered items with a trained codec."""
+    parser = argparse.ArgumentParser(prog="python -m presto_rt.training.latents", description="Encode a data set.")
+    parser.add_argument("--data", default="data")
+    parser.add_argument("--codec", default="runs/codec/final", help="folder with config.json and codec.safetensors")
+    parser.add_argument("--out", default="data/latents")
+    a = parser.parse_args()
+    print(encode_dataset(a.data, load_codec(a.codec), a.out))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value), encoding="utf-8")
     os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()
