@@ -148,8 +148,7 @@ def generated(
     """Clips that the model makes for the prompts, kept as 16-bit FLAC files in `folder`: a stopped run goes on where
     it was.
 
-    The files' names hold prompt, seed, length and options, so a change of any makes new ones; the folder must be of
-    one model.
+    The files' names hold a hash of weights, prompt, seed, length and options: a change of any makes new ones.
     """
     try:
         import soundfile
