@@ -155,8 +155,9 @@ def istft_head(
     head: Tensor, window: Tensor, hop: int, *, kind: str = "polar", padding: str = "same", limit: float = 100.0,
     out: Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Samples (B, length) from a head (B, T, N + 2), N the FFT's size and the window's length; see `spectrum`,
-    `overlap_add`.
+    """Samples (B, length) from a head (B, T, N + 2), N the FFT's size and the window's length.
+
+    The options are those of `spectrum` and `overlap_add`. Raises InvalidInput for anything that does not fit.
     """
     size = window.shape[-1]
     check(head.shape[-1] == size + 2, f"head has width {head.shape[-1]}, an FFT of {size} needs {size + 2}")

@@ -68,12 +68,10 @@ def configurations(arch: int, operators: Sequence[str] = OPERATORS) -> Iterator[
                 yield operator, name, item
 
 
-def compile_launch(item: runtime.Launch, arch: int) -> Any:
-    """The compiled kernel of a recorded launch, specialised as a real launch would be (1 is a constant, 16 divides)."""
-    triton = runtime.triton
-    assert triton is not None
-    compiler = importlib.import_module("triton.compiler")
-    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", arch, 32)
+def specialise(item: runtime.Launch) -> tuple[dict[str, str], dict[Any, Any], dict[tuple[int], list[list[Any]]]]:
+    """Signature, constants and attributes of a recorded launch, as a real launch would have them (1 is a constant, 16
+    divides). Launches that agree in these and in their options run the same binary.
+    """
     names = item.kernel.arg_names
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
@@ -87,7 +85,16 @@ def compile_launch(item: runtime.Launch, arch: int) -> Any:
             constants[(index,)] = value
         elif kind.startswith("*") or (isinstance(value, int) and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = compiler.ASTSource(item.kernel, signature, constants, attributes)
+    return signature, constants, attributes
+
+
+def compile_launch(item: runtime.Launch, arch: int) -> Any:
+    """The compiled kernel of a recorded launch."""
+    triton = runtime.triton
+    assert triton is not None
+    compiler = importlib.import_module("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", arch, 32)
+    source = compiler.ASTSource(item.kernel, *specialise(item))
     options = {"num_warps": item.num_warps, "num_stages": item.num_stages, **item.options}
     return triton.compile(source, target=target, options=options)
 
@@ -150,10 +157,10 @@ def rows(arch: int, operators: Sequence[str] = OPERATORS) -> Iterator[Row]:
     """One Row per shipped kernel; the same kernel is compiled once even where configurations share it."""
     seen: dict[Any, dict[str, Any]] = {}
     for operator, name, item in configurations(arch, operators):
-        compiled = compile_launch(item, arch)
-        if compiled.hash not in seen:
-            seen[compiled.hash] = resources(compiled, arch)
-        found = seen[compiled.hash]
+        key = repr((item.kernel.__name__, *specialise(item), item.num_warps, item.num_stages, item.options))
+        if key not in seen:
+            seen[key] = resources(compile_launch(item, arch), arch)
+        found = seen[key]
         fits = found["spills"] == 0 and found["shared"] <= SHARED_LIMIT[arch]
         yield Row(operator, name, item.kernel.__name__, arch, item.num_warps, item.num_stages, fits=fits, **found)
 

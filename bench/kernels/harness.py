@@ -1,0 +1,145 @@
+"""Times one operator several ways on the same inputs, against what the machine itself can do.
+
+Inputs are rotated through enough copies to overflow the last-level cache, so nothing is timed warm that the network
+would find cold. On a GPU one CUDA graph holds a call on each copy and is replayed: launches cost what they cost
+inside the engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.results import spread
+
+ROOT = Path(__file__).parents[2]
+Way = Callable[..., Any]
+CACHE_BYTES = 64 << 20  # of a CPU, where torch cannot tell
+
+
+@dataclasses.dataclass
+class Case:
+    """One operator at one shape.
+
+    make: fresh random inputs. ways: name to function of those inputs; "eager" is what the others are compared with,
+    "presto" is ours. moved: bytes that must be moved at least (inputs once, outputs once); operations: floating-point
+    ones.
+    """
+
+    operator: str
+    shape: str
+    make: Callable[[], tuple[Tensor, ...]]
+    ways: dict[str, Way]
+    moved: int
+    operations: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceiling:
+    """What the machine reaches: bytes/s of a large copy (read plus written), operations/s of a large bf16 product."""
+
+    bandwidth: float
+    product: float
+
+    def floor(self, case: Case) -> float:
+        """Seconds below which no version can run."""
+        return max(case.moved / self.bandwidth, case.operations / self.product)
+
+
+def size(*tensors: Tensor | None) -> int:
+    """Bytes of the tensors together."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def copies(case: Case, device: str, limit: int = 32) -> list[tuple[Tensor, ...]]:
+    """Input sets that together overflow the cache twice; at least two."""
+    first = case.make()
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else CACHE_BYTES
+    count = max(2, min(limit, -(-2 * cache // max(1, size(*first)))))
+    return [first, *(case.make() for _ in range(count - 1))]
+
+
+def measure(way: Way, inputs: list[tuple[Tensor, ...]], device: str, seconds: float = 0.5) -> dict[str, float]:
+    """Seconds per call: median, 90th percentile, extremes, number of runs over all inputs."""
+    run = _graph(way, inputs) if device == "cuda" else lambda: [way(*tensors) for tensors in inputs]
+    clock = _cuda_seconds if device == "cuda" else _cpu_seconds
+    clock(run)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or (time.perf_counter() < end and len(times) < 200):
+        times.append(clock(run) / len(inputs))
+    return spread(times)
+
+
+def _graph(way: Way, inputs: list[tuple[Tensor, ...]]) -> Callable[[], Any]:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            for tensors in inputs:
+                way(*tensors)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        kept = [way(*tensors) for tensors in inputs]
+
+    def replay(_outputs: object = kept) -> None:  # the graph writes into the outputs, so they must live
+        graph.replay()
+
+    return replay
+
+
+def _cuda_seconds(run: Callable[[], Any]) -> float:
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def _cpu_seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def ceiling(device: str) -> Ceiling:
+    """Measured here and now, in the same process as everything else."""
+    numbers, side = (1 << 28, 8192) if device == "cuda" else (1 << 24, 2048)
+    source = torch.randn(numbers, device=device)
+    target = torch.empty_like(source)
+    copied = measure(lambda a: target.copy_(a), [(source,)], device)["median"]
+    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    multiplied = measure(torch.matmul, [(a, b)], device)["median"]
+    return Ceiling(2 * size(source) / copied, 2 * side**3 / multiplied)
+
+
+def tests_are_green(operator: str, device: str) -> bool:
+    """Runs the operator's own tests on this device: no speed-up is printed for an operator that may be wrong."""
+    files = {"snake_conv1d": "test_convolutions.py", "conv_transpose1d": "test_convolutions.py"}
+    path = ROOT / "tests" / "kernels" / files.get(operator, f"test_{operator}.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)]
+    if device == "cuda":
+        command += ["-m", "gpu"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+def result(case: Case, name: str, times: dict[str, float], top: Ceiling) -> dict[str, Any]:
+    """A row for JSON and table."""
+    return {
+        "operator": case.operator,
+        "shape": case.shape,
+        "way": name,
+        "seconds": times,
+        "gigabytes_per_second": case.moved / times["median"] / 1e9,
+        "teraflops": case.operations / times["median"] / 1e12,
+        "of_floor": top.floor(case) / times["median"],
+    }

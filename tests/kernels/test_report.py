@@ -1,0 +1,110 @@
+"""Every shipped configuration compiles for sm_80 and sm_90 without a GPU, and fits the chip."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from presto_rt.kernels import OPERATORS, report, runtime
+
+from presto_rt.errors import InvalidInput
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own: this one may be interpreting, which leaves nothing to compile."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def table() -> list[dict]:
+    commands = [("-m", "presto_rt.kernels.report", "--json", "--arch", arch) for arch in ("sm_80", "sm_90")]
+    with ThreadPoolExecutor() as pool:  # a process for each chip
+        both = list(pool.map(lambda command: run(*command), commands))
+    for done in both:
+        assert done.returncode == 0, done.stderr[-3000:] or done.stdout[-3000:]
+    return [row for done in both for row in json.loads(done.stdout)["rows"]]
+
+
+def test_nothing_spills_and_shared_memory_fits(table):
+    for row in table:
+        assert row["spills"] == 0, row
+        assert row["stack"] == 0, row
+        assert 0 <= row["shared"] <= {80: 163 * 1024, 90: 227 * 1024}[row["arch"]], row
+        assert 0 < row["registers"] <= 255, row
+        assert row["registers"] * row["warps"] * 32 <= 65536, row
+
+
+def test_every_operator_is_there_for_both_chips(table):
+    for arch in (80, 90):
+        assert {row["operator"] for row in table if row["arch"] == arch} == set(OPERATORS)
+    assert any("fp8" in row["configuration"] for row in table if row["arch"] == 90)
+
+
+def test_matrix_products_use_the_matrix_units(table):
+    for row in table:
+        if row["operator"] in ("gemm", "attention"):
+            assert row["matrix"] == ("wgmma" if row["arch"] == 90 else "mma"), row
+        if row["operator"] in ("cross_attention", "snake_conv1d", "conv_transpose1d"):
+            assert row["matrix"] in ("wgmma", "mma"), row
+
+
+def test_noise_has_no_fused_operation_and_exact_roots():
+    """One fused multiply-add would change the noise's bits, as would an approximate square root or division."""
+    done = run("-c", """
+import re
+from presto_rt.kernels import report
+for arch in (80, 90):
+    for operator, name, item in report.configurations(arch, ["edm_step", "pcm"]):
+        compiled = report.compile_launch(item, arch)
+        ptx = compiled.asm["ptx"]
+        assert not re.search(r"fma\\.", ptx), name
+        assert compiled.metadata.enable_fp_fusion is False, name  # ptxas gets --fmad=false
+        if "few-step" in name or name == "normal":
+            kinds = set(re.findall(r"\\b((?:sqrt|div)\\.\\w+\\.f32)", ptx))
+            assert kinds == {"sqrt.rn.f32", "div.rn.f32"}, kinds
+            print(arch, name)
+""")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.split("\n")) == 7
+
+
+def test_kernels_compile_where_every_number_is_one():
+    """Triton makes a constant of an argument that equals 1: a length, stride or row of 1 takes another path in the
+    compiler.
+    """
+    done = run("-c", """
+import dataclasses
+from presto_rt.kernels import report
+seen = set()
+for operator, name, item in report.configurations(90):
+    kernel = item.kernel.__name__
+    if kernel in seen:
+        continue
+    seen.add(kernel)
+    ones = tuple(1 if isinstance(value, int) else value for value in item.arguments)
+    report.compile_launch(dataclasses.replace(item, arguments=ones), 90)
+    print(kernel)
+""")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.split()) >= 10
+
+
+def test_the_report_fails_when_a_kernel_does_not_fit(monkeypatch, capsys):
+    row = report.Row("adaln", "made up", "kernel", 90, 4, 1, 255, 300 * 1024, 8, 16, "-", False)
+    monkeypatch.setattr(report, "rows", lambda arch, operators: iter([row]))
+    monkeypatch.setattr(runtime, "interpreting", False)
+    assert report.main(["--arch", "sm_90"]) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_bad_requests(monkeypatch):
+    with pytest.raises(InvalidInput, match="operator 'softmax' is unknown"):
+        next(iter(report.configurations(90, ["softmax"])))
+    monkeypatch.setattr(runtime, "interpreting", True)
+    with pytest.raises(InvalidInput, match="unset it"):
+        report.main([])

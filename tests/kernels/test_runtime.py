@@ -1,0 +1,172 @@
+"""What the kernels stand on: imports without Triton, the repaired interpreter, its bf16 trap, recording, choosing
+by measuring.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_testing import assert_written_once, interpreted_only
+from presto_rt.kernels import adaln, runtime
+from presto_rt.kernels.choice import Choice
+from presto_rt.kernels.runtime import INTERPRET, dot, jit, tl  # noqa: F401  (kernels below see them as globals)
+
+from presto_rt import kernels
+from presto_rt.errors import BackendUnavailable, InvalidInput
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_import_alone_loads_neither_triton_nor_torch():
+    done = python("import sys, presto_rt.kernels; print('triton' in sys.modules, 'torch' in sys.modules)")
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def test_without_triton_and_native_everything_imports_and_runs():
+    done = python("""
+import sys
+sys.modules["triton"] = None          # as if not installed
+sys.modules["presto_rt._C"] = None
+import torch
+from presto_rt import kernels
+from presto_rt.errors import BackendUnavailable
+for name in kernels.__all__:
+    getattr(kernels, name)
+y = kernels.adaln.norm_modulate(torch.randn(1, 3, 8))
+assert abs(float(y.mean())) < 1e-6
+assert kernels.attention.attention(*torch.randn(3, 1, 1, 4, 16)).shape == (1, 1, 4, 16)
+assert kernels.edm_step.normal(kernels.edm_step.seeds_tensor([1]), (5,)).shape == (1, 5)
+assert torch.ops.presto_rt.pcm(torch.zeros(1, 2, 3)).shape == (1, 3, 2)
+try:
+    kernels.adaln.norm_modulate(torch.randn(1, 3, 8), backend="triton")
+except BackendUnavailable as error:
+    print("refused:", error)
+try:
+    kernels.report.main(["adaln"])
+except ImportError as error:
+    print("refused:", error)
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pip install triton") == 2
+
+
+def test_unknown_names():
+    with pytest.raises(AttributeError, match="it has adaln, attention"):
+        _ = kernels.nothing
+    assert set(kernels.OPERATORS) < set(dir(kernels))
+
+
+@pytest.mark.parametrize("name", kernels.OPERATORS)
+def test_every_operator_says_who_writes_what_and_has_its_parts(name):
+    module = importlib.import_module(f"presto_rt.kernels.{name}")
+    assert "Who writes what:" in module.__doc__
+    public = getattr(module, name, None) or module.norm_modulate if name != "gemm" else module.linear
+    assert "Raises InvalidInput" in public.__doc__
+    assert any(part.endswith("_reference") for part in dir(module))
+    assert callable(module.shipped)
+
+
+@jit
+def raw_product_kernel(a_ptr, b_ptr, out_ptr, LIFTED: tl.constexpr):
+    i = tl.arange(0, 16)
+    at = i[:, None] * 16 + i[None, :]
+    a, b = tl.load(a_ptr + at), tl.load(b_ptr + at)
+    zero = tl.zeros((16, 16), tl.float32)
+    out = dot(a, b, zero) if LIFTED else tl.dot(a, b, zero)
+    tl.store(out_ptr + at, out)
+
+
+@interpreted_only
+def test_a_bf16_product_in_the_interpreter_is_refused(request):
+    """The guard of all kernel tests stops it; without the guard the numbers would be silently wrong; runtime.dot is
+    right.
+    """
+    from triton.runtime.errors import InterpreterError
+
+    a, b = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16()
+    expected, out = a.float() @ b.float(), torch.empty(16, 16)
+    raw_product_kernel[(1,)](a, b, out, LIFTED=True)
+    torch.testing.assert_close(out, expected)
+    with pytest.raises(InterpreterError, match="lift the operands with runtime"):
+        raw_product_kernel[(1,)](a, b, out, LIFTED=False)
+
+
+@interpreted_only
+def test_the_interpreter_rounds_to_nearest_even():
+    x = torch.cat(
+        [torch.randn(4000) * 10.0 ** torch.randint(-4, 4, (4000,)), torch.tensor([1.00390625, 1.01171875, 0.0])]
+    )
+
+    @jit
+    def narrow_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + at, mask=at < 4003, other=0.0)
+        tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=at < 4003)
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+        clipped = x.clamp(-440, 440)
+        out = torch.zeros(4003).to(dtype)
+        narrow_kernel[(1,)](clipped, out, BLOCK=4096)
+        assert torch.equal(out.float(), clipped.to(dtype).float())
+
+
+@interpreted_only
+def test_the_write_count_sees_double_and_missing_writes():
+    @jit
+    def careless_kernel(out_ptr, SHIFT: tl.constexpr):
+        tl.store(out_ptr + tl.program_id(0) * SHIFT + tl.arange(0, 4), 1.0)
+
+    careless = careless_kernel
+    assert_written_once(lambda: careless[(2,)](out, SHIFT=4), out := torch.empty(8))
+    with pytest.raises(AssertionError, match="2 elements never written"):
+        assert_written_once(lambda: careless[(2,)](out, SHIFT=2), out)
+    with pytest.raises(AssertionError, match="2 elements written more than once"):
+        assert_written_once(lambda: careless[(2,)](out, SHIFT=2), out[:6])
+    with pytest.raises(AssertionError, match="1 outside"):
+        assert_written_once(lambda: careless[(1,)](out, SHIFT=4), out[:3])
+
+
+def test_recording_notes_and_runs_nothing():
+    x = torch.empty(1, 7, 1024, dtype=torch.bfloat16, device="meta")
+    with runtime.recording(80) as launches:
+        y = adaln.norm_modulate(x)
+    (item,) = launches
+    assert y.is_meta
+    assert item.kernel is adaln.adaln_kernel
+    assert item.grid == (7, 1)
+    assert item.constants["WIDTH"] == 1024
+
+
+def test_backends_by_name():
+    x = torch.randn(1, 3, 8)
+    assert runtime.use_triton(x, "torch") is False
+    with pytest.raises(InvalidInput, match="use 'auto', 'triton' or 'torch'"):
+        runtime.use_triton(x, "cuda")
+    if not runtime.interpreting:
+        with pytest.raises(BackendUnavailable, match="move it to a GPU"):
+            runtime.use_triton(x, "triton")
+
+
+@pytest.mark.gpu
+def test_choice_measures_once_and_leaves_out_what_fails():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU on this machine")
+    big, small, calls = torch.randn(4096, 4096, device="cuda"), torch.randn(8, 8, device="cuda"), []
+
+    def failing():
+        calls.append(1)
+        raise RuntimeError("not for this input")
+
+    choice = Choice("test")
+    ways = {"slow": lambda: big @ big, "fast": lambda: small @ small, "failing": failing}
+    assert choice.fastest("key", lambda: ways, "slow") == "fast"
+    assert choice.fastest("key", dict, "slow") == "fast"
+    assert len(calls) == 1
