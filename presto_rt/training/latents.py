@@ -39,8 +39,8 @@ def encode_dataset(
 ) -> dict[str, int]:
     """Encode all items of `kinds` and return the number of latent frames for each split.
 
-    Items that an earlier call encoded with the same codec are taken over: a killed run goes on, and a grown data set costs
-    only its new items. Files of another codec are replaced. Raises InvalidInput where no split has items of these kinds.
+    Items that an earlier call encoded with the same codec are taken over: a killed run goes on, and a grown data set
+    costs only its new items. Files of another codec are replaced. Raises InvalidInput where there are no such items.
     """
     manifest = load_manifest(data_root)
     out = Path(out_dir)

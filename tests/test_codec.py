@@ -1,0 +1,188 @@
+"""The codec: shapes, lengths, determinism, phase inversion, work per audio second."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from presto_rt import native
+from presto_rt.errors import InvalidInput
+from presto_rt.models.codec import Codec, CodecConfig
+from presto_rt.models.codec_features import (
+    FRAME_HOP,
+    LATENT_HOP,
+    N_FFT,
+    SAMPLE_RATE,
+    SpectralFrames,
+    mel_filters,
+    spsi_numpy,
+)
+
+SMALL = CodecConfig(
+    encoder_width=32, encoder_blocks=1, decoder_width=32, decoder_blocks=1, frame_width=16, frame_blocks=1
+)
+
+
+@pytest.fixture(scope="module")
+def frames() -> SpectralFrames:
+    return SpectralFrames(2500.0)
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    torch.manual_seed(0)
+    return Codec(SMALL).eval()
+
+
+def tones(seconds: float, left_hz: float, right_hz: float) -> torch.Tensor:
+    time = torch.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    pair = [0.4 * torch.sin(2 * torch.pi * hz * time) for hz in (left_hz, right_hz)]
+    return torch.stack(pair)[None]
+
+
+def peak_hz(samples: torch.Tensor) -> float:
+    middle = samples[len(samples) // 4 : -len(samples) // 4]
+    spectrum = torch.fft.rfft(middle * torch.hann_window(len(middle)), n=1 << 18).abs()
+    return float(spectrum.argmax()) * SAMPLE_RATE / (1 << 18)
+
+
+@pytest.mark.parametrize("count", [1, 777, 2047, 2048, 2049, 44101])
+def test_latent_count_is_ceiling_and_decode_gives_back_every_length(codec: Codec, count: int) -> None:
+    latents = codec.encode(torch.randn(2, 2, count) * 0.1)
+    assert latents.shape == (2, -(-count // LATENT_HOP), 64)
+    assert latents.dtype == torch.float32
+    assert codec.decode(latents, count).shape == (2, 2, count)
+    assert codec.decode(latents).shape == (2, 2, latents.shape[1] * LATENT_HOP)
+
+
+def test_mono_is_doubled(codec: Codec) -> None:
+    mono = torch.randn(1, 1, 10000) * 0.1
+    assert torch.equal(codec.encode(mono), codec.encode(mono.expand(1, 2, -1)))
+    assert torch.equal(codec.encode(mono[0]), codec.encode(mono))
+
+
+def test_encode_and_decode_are_deterministic_and_batch_independent(codec: Codec) -> None:
+    samples = torch.randn(3, 2, 3 * LATENT_HOP) * 0.1
+    first = codec.encode(samples)
+    assert torch.equal(first, codec.encode(samples))
+    assert torch.allclose(first[1:2], codec.encode(samples[1:2]), atol=1e-5)
+    assert torch.equal(codec.decode(first, griffin_lim=1), codec.decode(first, griffin_lim=1))
+
+
+def test_sampling_adds_the_posteriors_noise(codec: Codec) -> None:
+    samples = torch.randn(1, 2, 8 * LATENT_HOP) * 0.1
+    draw = codec.encode(samples, sample=True, generator=torch.Generator().manual_seed(1))
+    again = codec.encode(samples, sample=True, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(draw, again)
+    noise = (draw - codec.encode(samples)) / codec.latent_scale
+    assert 0.1 < noise.std() < 0.18  # the log-variance starts at -4
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (torch.zeros(1, 3, 5000), "shape"),
+        (torch.zeros(1, 2, 0), "shape"),
+        (torch.full((1, 2, 5000), float("nan")), "NaN"),
+    ],
+)
+def test_bad_samples_are_refused(codec: Codec, bad: torch.Tensor, reason: str) -> None:
+    with pytest.raises(InvalidInput, match=reason):
+        codec.encode(bad)
+
+
+def test_bad_latents_are_refused(codec: Codec) -> None:
+    good = torch.zeros(1, 4, 64)
+    for call in (
+        lambda: codec.decode(torch.zeros(1, 4, 63)),
+        lambda: codec.decode(good, 4 * LATENT_HOP + 1),
+        lambda: codec.decode(good, 0),
+        lambda: codec.decode(good, griffin_lim=-1),
+        lambda: codec.decode(good * float("inf")),
+    ):
+        with pytest.raises(InvalidInput):
+            call()
+
+
+def test_unknown_config_name_is_refused() -> None:
+    assert CodecConfig.from_dict(SMALL.to_dict()) == SMALL
+    with pytest.raises(InvalidInput, match="widht"):
+        CodecConfig.from_dict({"widht": 3})
+
+
+def test_stft_inverts_exactly(frames: SpectralFrames) -> None:
+    samples = torch.randn(2, 7 * LATENT_HOP)
+    spectra = frames.stft(samples)
+    assert spectra.shape == (2, 28, N_FFT // 2 + 1)
+    assert torch.allclose(frames.istft(spectra), samples, atol=1e-5)
+
+
+def test_full_scale_sine_has_magnitude_one(frames: SpectralFrames) -> None:
+    hz = 100 * SAMPLE_RATE / N_FFT
+    time = torch.arange(8 * LATENT_HOP) / SAMPLE_RATE
+    assert frames.stft(torch.sin(2 * torch.pi * hz * time))[16].abs().max() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_features_of_a_panned_signal(frames: SpectralFrames) -> None:
+    source = torch.randn(1, 8 * LATENT_HOP) * 0.1
+    features = frames.features(torch.stack([source, 0.25 * source], 1), with_cosine=True)
+    assert features.shape == (1, 32, 3, frames.bands)
+    loud = features[:, :, 0] > -6.5
+    # mid = 0.625 s, side = 0.375 s: in phase, and 4.44 dB = 0.511 nats apart
+    assert torch.allclose((features[:, :, 0] - features[:, :, 1])[loud], torch.tensor(0.5108), atol=5e-3)
+    assert (features[:, :, 2][loud] > 0.999).all()
+
+
+def test_spsi_native_equals_twin() -> None:
+    if native.lib is None:
+        pytest.skip(f"no C++ operators: {native.why}")
+    rng = np.random.default_rng(0)
+    magnitude = np.abs(rng.normal(size=(2, 30, N_FFT // 2 + 1))).astype(np.float32)
+    magnitude[0, 3] = 0.0  # silence, plateaus and edges
+    magnitude[1, 4, 100:200] = 1.0
+    magnitude[1, 5] = np.arange(magnitude.shape[2])
+    magnitude[1, 6] = -np.arange(magnitude.shape[2]) + 2000.0
+    native_phase = native.lib.spsi(magnitude, FRAME_HOP, N_FFT)
+    twin = spsi_numpy(magnitude, FRAME_HOP, N_FFT)
+    assert np.abs(native_phase - twin).max() < 1e-5
+    assert np.allclose(np.abs(twin), 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("hz", [110.0, 441.7, 1234.5, 5005.0])
+def test_sine_comes_back_at_its_pitch_from_magnitudes(frames: SpectralFrames, hz: float) -> None:
+    features = frames.features(tones(1.5, hz, hz)[..., : 32 * LATENT_HOP], with_cosine=True)
+    back = frames.synthesise(features, griffin_lim=1)[0, 0]
+    exact = hz < 2500  # above, bands are wider than a bin: two at 5 kHz, which smears a lone sine and lowers its level
+    assert abs(peak_hz(back) - hz) < (3.0 if exact else 43.0)
+    assert back.square().mean() == pytest.approx(0.08, rel=0.25 if exact else 0.5)
+
+
+def test_stereo_image_survives(frames: SpectralFrames) -> None:
+    samples = tones(1.5, 440.0, 700.0)[..., : 32 * LATENT_HOP]
+    back = frames.synthesise(frames.features(samples, with_cosine=True), griffin_lim=2)[0]
+    assert peak_hz(back[0]) == pytest.approx(440.0, abs=3.0)
+    assert peak_hz(back[1]) == pytest.approx(700.0, abs=3.0)
+
+
+def test_silence_stays_silent(frames: SpectralFrames) -> None:
+    back = frames.synthesise(frames.features(torch.zeros(1, 2, 8 * LATENT_HOP), with_cosine=True), griffin_lim=2)
+    assert back.abs().max() < 1e-5
+
+
+def test_mel_filters_have_no_empty_row() -> None:
+    for count in (40, 80, 160):
+        filters = mel_filters(count)
+        assert filters.shape == (count, N_FFT // 2 + 1)
+        assert (filters.sum(1) > 0.4).all()
+
+
+def test_default_decoder_stays_below_one_gigaflop_per_audio_second() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    codec = Codec()
+    latents = torch.zeros(1, 215, 64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        codec.decode_features(latents)
+    per_second = counter.get_total_flops() / (latents.shape[1] / codec.latent_rate)
+    assert 0.3e9 < per_second <= 1.0e9

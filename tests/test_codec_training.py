@@ -1,0 +1,228 @@
+"""Training the codec: it learns, it freezes, it survives a kill; latents of a data set resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from presto_rt.errors import InvalidInput, WeightsError
+from presto_rt.evaluation.codec import evaluate_codec, markdown, measure
+from presto_rt.models.codec import Codec, CodecConfig, load_codec
+from presto_rt.models.codec_features import LATENT_HOP, SAMPLE_RATE
+from presto_rt.training.codec import CodecTraining, train_codec, write_codec
+from presto_rt.training.codec_data import FeatureStore
+from presto_rt.training.codec_loss import CodecLoss, start_from_pca
+from presto_rt.training.common import load_checkpoint, schedule
+from presto_rt.training.latents import encode_dataset, load_latents
+
+SMALL = CodecConfig(
+    encoder_width=48, encoder_blocks=1, decoder_width=48, decoder_blocks=1, frame_width=32, frame_blocks=1
+)
+QUICK = CodecTraining(
+    batch=2, latents=8, compile=False, pca_frames=2000, log_every=2, gain_clips=2, checkpoint_minutes=0.02
+)
+
+
+def chord(seconds: float, seed: int) -> np.ndarray:
+    """Decaying notes at random pitches and places, with a little noise: (2, n) float32."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    out = 1e-3 * rng.normal(size=(2, len(time)))
+    for _ in range(int(6 * seconds)):
+        since = time - rng.uniform(0, seconds)
+        note = np.where(since > 0, np.exp(-3 * since.clip(0)) * np.sin(2 * np.pi * rng.uniform(80, 2000) * since), 0.0)
+        out += 0.15 * rng.uniform(0.3, 1.0, (2, 1)) * note
+    return out.clip(-1, 1).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    records = []
+    for number in range(8):
+        kind = "solo" if number % 2 == 0 else "recording"
+        split = ("train", "train", "train", "train", "val", "val", "test", "test")[number]
+        name = f"item-{number}"
+        soundfile.write(root / f"{name}.wav", chord(6.0 + 0.1 * number, number).T, SAMPLE_RATE, subtype="PCM_16")
+        records.append(
+            {"id": name, "kind": kind, "split": split, "path": f"{name}.wav", "seconds": 6.0 + 0.1 * number}
+            | {"composition": name, "content": name, "source": "made here", "licence": "Apache-2.0"}
+        )
+    manifest = {"version": 1, "seed": 0, "complete": True, "items": records}
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    return root
+
+
+def test_overfits_one_batch_below_its_pca(data: Path) -> None:
+    torch.manual_seed(0)
+    codec = Codec(SMALL)
+    store = FeatureStore(data, codec.frames)
+    store.refresh()
+    rng = np.random.default_rng(0)
+    start_from_pca(codec, store.spread(4000, rng))
+    loss = CodecLoss(codec, kl_weight=0.0)
+    batch = store.sample(2, 12, rng, augment=False)
+    noise = torch.zeros(2, 12, 64)
+    optimizer = torch.optim.AdamW(codec.parameters(), lr=2e-3)
+    first = float(loss(codec, batch, noise).total.detach())
+    for _ in range(60):
+        optimizer.zero_grad()
+        parts = loss(codec, batch, noise)
+        parts.total.backward()
+        optimizer.step()
+    assert float(loss(codec, batch, noise).total.detach()) < 0.75 * first
+
+
+def test_pca_start_gives_standard_latents(data: Path) -> None:
+    codec = Codec(SMALL)
+    store = FeatureStore(data, codec.frames)
+    store.refresh()
+    runs = store.spread(4000, np.random.default_rng(0))
+    assert 0.7 < start_from_pca(codec, runs) <= 1.0
+    with torch.no_grad():
+        latents = codec.encoder(codec.normalise(runs[:, :, :2]))[0].flatten(0, 1)
+    assert torch.allclose(latents.mean(0), torch.zeros(64), atol=0.02)
+    assert torch.allclose(torch.cov(latents.T), torch.eye(64), atol=0.05)
+
+
+def test_training_learns_writes_and_continues_with_a_frozen_encoder(data: Path, tmp_path: Path) -> None:
+    codec = train_codec(data, tmp_path / "a", 0.1, "cpu", config=SMALL, settings=QUICK, progress=False)
+    samples = torch.from_numpy(chord(3.0, 99))[None]
+    latents = codec.encode(samples)
+    assert 0.2 < float(latents.std()) < 1.0
+    shipped = load_codec(tmp_path / "a" / "final")
+    assert torch.equal(shipped.encode(samples), latents)
+    more = train_codec(
+        data,
+        tmp_path / "b",
+        0.1,
+        "cpu",
+        settings=QUICK,
+        freeze_encoder=True,
+        start_from=tmp_path / "a" / "final",
+        progress=False,
+    )
+    assert torch.equal(more.encode(samples), latents)
+    before = codec.decoder.state_dict()
+    moved = [name for name, value in more.decoder.state_dict().items() if not torch.equal(value, before[name])]
+    assert moved
+
+
+def test_freezing_without_a_codec_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="start_from"):
+        train_codec(data, tmp_path, 0.1, freeze_encoder=True, settings=QUICK, progress=False)
+    with pytest.raises(WeightsError, match="no checkpoint"):
+        train_codec(data, tmp_path, 0.1, resume=True, settings=QUICK, progress=False)
+
+
+KILLED = """
+import sys
+from presto_rt.models.codec import CodecConfig
+from presto_rt.training.codec import CodecTraining, train_codec
+config = CodecConfig.from_dict({config!r})
+sizes = dict(batch=2, latents=8, pca_frames=2000, log_every=2, gain_clips=2)
+settings = CodecTraining(compile=False, checkpoint_minutes=0.005, **sizes)
+train_codec({data!r}, {run!r}, 10.0, "cpu", config=config, settings=settings, progress=False)
+"""
+
+
+def test_resumes_after_a_kill_with_nothing_corrupt(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code = KILLED.format(config=SMALL.to_dict(), data=str(data), run=str(run))
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    checkpoint = run / "last.safetensors"
+    deadline = time.monotonic() + 50.0
+    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.7)  # into a later checkpoint, most likely
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, before = load_checkpoint(checkpoint)
+    assert before["step"] > 0
+    minutes = before["used_seconds"] / 60.0 + 0.05
+    train_codec(data, run, minutes, "cpu", resume=True, settings=QUICK, progress=False)
+    _, after = load_checkpoint(checkpoint)
+    assert after["step"] > before["step"]
+    steps = [int(line.split(",")[0]) for line in (run / "log.csv").read_text().splitlines()[1:]]
+    assert steps == sorted(set(steps))
+    assert not list(run.glob("*.tmp*"))
+
+
+def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "last.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0not json")
+    with pytest.raises(WeightsError, match="damaged"):
+        load_checkpoint(tmp_path / "last.safetensors")
+
+
+def test_schedule_lands_on_its_final_rate() -> None:
+    assert schedule(0.0) < 0.01
+    assert schedule(0.02) == pytest.approx(1.0)
+    assert schedule(1.0) == pytest.approx(0.02)
+    assert schedule(0.51, shape="linear") == pytest.approx(0.51)
+    with pytest.raises(InvalidInput):
+        schedule(0.5, shape="stairs")
+
+
+def test_latents_of_a_data_set_resume_to_the_same_bytes(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    codec = Codec(SMALL).eval()
+    totals = encode_dataset(data, codec, tmp_path / "a", progress=False)
+    latents, index = load_latents(tmp_path / "a", "train")
+    assert latents.dtype == np.float16
+    assert latents.shape == (totals["train"], 64)
+    assert [item["id"] for item in index["items"]] == ["item-0", "item-2"]
+    assert index["complete"]
+    item = index["items"][1]
+    alone = codec.encode(torch.from_numpy(soundfile.read(data / "item-2.wav", dtype="float32")[0].T.copy()))[0]
+    assert np.array_equal(latents[item["start"] : item["start"] + item["frames"]], alone.numpy().astype(np.float16))
+    expected = (tmp_path / "a" / "train.npy").read_bytes()
+    # as if killed after the first item, whose latents must be taken over: they are marked here
+    array = np.load(tmp_path / "a" / "train.npy")
+    array[0], array[item["start"] :] = 7.0, 0.0
+    np.save(tmp_path / "a" / "train.part.npy", array)
+    kept = json.loads((tmp_path / "a" / "train.json").read_text()) | {"done": 1, "complete": False}
+    (tmp_path / "a" / "train.part.json").write_text(json.dumps(kept))
+    for name in ("train.npy", "train.json"):
+        (tmp_path / "a" / name).unlink()
+    encode_dataset(data, codec, tmp_path / "a", progress=False)
+    resumed = np.load(tmp_path / "a" / "train.npy")
+    assert (resumed[0] == 7.0).all()
+    assert np.array_equal(resumed[1:], latents[1:])
+    assert len((tmp_path / "a" / "train.npy").read_bytes()) == len(expected)
+    assert not list((tmp_path / "a").glob("*.part*"))
+    with pytest.raises(InvalidInput, match="no latents"):
+        load_latents(tmp_path, "train")
+
+
+def test_measures_are_zero_for_a_copy_and_grow_with_damage() -> None:
+    clip = chord(2.0, 5)
+    same = measure(clip, clip.copy())
+    assert same["mel_db"] == same["stft"] == same["high_db"] == same["side_db"] == 0.0
+    quieter = measure(clip, clip * 10 ** (-6 / 20))
+    assert quieter["mel_db"] == pytest.approx(6.0, abs=0.5)
+    assert quieter["si_sdr_db"] > 60.0
+    mono = np.repeat(clip.mean(0, keepdims=True), 2, 0)
+    assert measure(clip, mono)["side_db"] > 10.0
+    with pytest.raises(InvalidInput):
+        measure(clip, clip[:, :-1])
+
+
+def test_evaluation_table_and_half_precision_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    codec = Codec(SMALL).eval()
+    write_codec(codec, tmp_path, torch.bfloat16)
+    shipped = load_codec(tmp_path)
+    clip = chord(1.0, 7)[:, : 20 * LATENT_HOP]
+    report = evaluate_codec(shipped, {"made": [clip]}, griffin_lim=(0,), opus_rates=(), noise=(), progress=False)
+    assert report["systems"]["codec, 0 Griffin-Lim"]["made"]["mel_db"] > 0.0
+    assert "codec, 0 Griffin-Lim" in markdown(report)
