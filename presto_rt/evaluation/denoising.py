@@ -155,7 +155,8 @@ def denoising_errors(
     for level, sigma in enumerate(sigmas):
         added = sigma * sigma_data if relative else sigma
         noisy = clean + added * normal(seed, tuple(clean.shape), stream=level)
-        wiener, errors = linear.at(added), {"linear": [], "model": []}
+        wiener = linear.at(added)
+        errors: dict[str, list[Tensor]] = {"linear": [], "model": []}
         for start in range(0, len(clean), batch):
             chosen = list(range(start, min(start + batch, len(clean))))
             estimates = {"linear": wiener(noisy[chosen])}

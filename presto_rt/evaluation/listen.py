@@ -60,7 +60,7 @@ def listen(
         clip = np.asarray(clips[i], dtype=np.float32)
         file = None
         if keep is not None:
-            digest = hashlib.sha256(np.ascontiguousarray(clip)).hexdigest()[:24]
+            digest = hashlib.sha256(clip.tobytes()).hexdigest()[:24]
             file = keep / f"{digest}-{rate}-{VERSION}-{int(notes)}.npz"
             if file.is_file():
                 with np.load(file) as stored:

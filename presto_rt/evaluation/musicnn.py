@@ -255,7 +255,8 @@ class Tagger:
         if not len(clips):
             raise InvalidInput("the tagger was given no clips")
         owners: list[int] = []
-        tags, penultimates, queue = [], [], []
+        tags, penultimates = [], []
+        queue: list[Tensor] = []
 
         def flush() -> None:
             logits, penultimate, _ = self.net(torch.stack(queue))

@@ -118,7 +118,7 @@ def by_kind(heard: Listening, meta: Sequence[Meta], probe: adherence.Probe | Non
     """`agreement` for each kind of piece (solo, duo, band) on its own."""
     kinds = np.array([str(m.get("kind")) for m in meta])
     parts = {kind: np.flatnonzero(kinds == kind) for kind in sorted(set(kinds))}
-    return {kind: agreement(take(heard, i), [meta[j] for j in i], probe) for kind, i in parts.items()}
+    return {kind: agreement(take(heard, i), [meta[int(j)] for j in i], probe) for kind, i in parts.items()}
 
 
 def caption_vectors(meta: Sequence[Meta]) -> np.ndarray:
