@@ -93,7 +93,7 @@ def test_build_resumes_after_sigkill(small: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "presto_rt.data.cli", "build", "--root", str(root), "--hours", str(HOURS)]
     command += ["--workers", "1", "--no-recordings"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    limit = time.monotonic() + 50
+    limit = time.monotonic() + 300  # an idle machine needs five seconds
     while not list(root.glob("rendered/*/*.json")) and time.monotonic() < limit:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
@@ -247,14 +247,14 @@ def test_read_audio_crops_exactly(tmp_path: Path) -> None:
 
 
 def test_recordings_are_decoded_cut_and_licensed(tmp_path: Path) -> None:
-    """A mono 48 kHz Opus song becomes 44.1 kHz stereo pieces of about 45 s; silence is dropped."""
-    time_axis = np.arange(100 * 48000) / 48000
+    """A mono 48 kHz Opus song becomes 44.1 kHz stereo equal pieces near 45 s; silence is dropped."""
+    time_axis = np.arange(70 * 48000) / 48000
     tone = 0.3 * np.sin(2 * np.pi * 330 * time_axis)
     encoded = io.BytesIO()
     soundfile.write(encoded, tone, 48000, format="OGG", subtype="OPUS")
     song = recordings.Song("marsshooter-data", "music/x.opus", [encoded.getvalue()], "CC-BY-SA-3.0")
     made = recordings.add_song(tmp_path, song)
-    assert [round(i.seconds) for i in made] == [50, 50]
+    assert [round(i.seconds) for i in made] == [35, 35]
     assert {i.split for i in made} == {"test"}
     samples = read_audio(made[1], 0, 2 * SAMPLE_RATE, root=tmp_path)
     assert np.argmax(np.abs(np.fft.rfft(samples[0]))) / 2 == pytest.approx(330, abs=1)

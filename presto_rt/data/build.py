@@ -8,6 +8,9 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from presto_rt.data.captions import captions
@@ -54,21 +57,18 @@ def build(
     todo = [i for i in wanted if _id(seed, i) not in known]
     Manifest(folder, seed, _chosen(known, seed, wanted), complete=not todo).save()
     started, rendered, saved = time.monotonic(), 0.0, time.monotonic()
-    context = multiprocessing.get_context("spawn")
     failed = 0
-    if todo:
-        with context.Pool(min(workers, len(todo)), initializer=_quiet) as pool:
-            for item in pool.imap_unordered(_make, [(str(folder), seed, i) for i in todo], chunksize=1):
-                if isinstance(item, str):
-                    failed += 1
-                    print(item, file=sys.stderr)
-                    continue
-                known[item.id] = item
-                rendered += item.seconds
-                if time.monotonic() - saved > REFRESH_SECONDS:
-                    Manifest(folder, seed, _chosen(known, seed, wanted), complete=False).save()
-                    saved = time.monotonic()
-                _progress(rendered, started, hours, len(wanted), known, progress)
+    for item in _results([(str(folder), seed, i) for i in todo], workers):
+        if isinstance(item, str):
+            failed += 1
+            print(item, file=sys.stderr)
+            continue
+        known[item.id] = item
+        rendered += item.seconds
+        if time.monotonic() - saved > REFRESH_SECONDS:
+            Manifest(folder, seed, _chosen(known, seed, wanted), complete=False).save()
+            saved = time.monotonic()
+        _progress(rendered, started, hours, known, progress)
     manifest = Manifest(folder, seed, _chosen(known, seed, wanted), complete=True)
     manifest.save()
     _say(("\n" if progress else "") + summary(manifest), progress)
@@ -127,6 +127,23 @@ def summary(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
+def _results(jobs: list[tuple[str, int, int]], workers: int) -> Iterator[Item | str]:
+    """Items (or what went wrong) as they are finished: here with one worker, else in that many processes."""
+    if workers == 1 or len(jobs) < 2:
+        yield from map(_make, jobs)
+        return
+    # Spawned, not forked: numerical libraries may have started threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_quiet) as pool:
+        try:
+            for done in as_completed([pool.submit(_make, job) for job in jobs]):
+                yield done.result()
+        except BrokenProcessPool as error:
+            raise PrestoError("a worker died (out of memory?): run again with fewer --workers, it goes on") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 def _make(job: tuple[str, int, int]) -> Item | str:
     root, seed, index = job
     try:
@@ -136,7 +153,7 @@ def _make(job: tuple[str, int, int]) -> Item | str:
 
 
 def _quiet() -> None:
-    """Workers leave an interrupt to the parent, and use one thread each."""
+    """Workers leave an interrupt to the parent, which ends them."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -159,7 +176,7 @@ def _id(seed: int, index: int) -> str:
 def _chosen(known: dict[str, Item], seed: int, wanted: list[int]) -> list[Item]:
     """Recordings, and the pieces that belong to this build."""
     ids = {_id(seed, i) for i in wanted}
-    return [item for item in known.values() if item.kind == "recording" or item.id in ids]
+    return [item for _, item in sorted(known.items()) if item.kind == "recording" or item.id in ids]
 
 
 def _check_seed(folder: Path, seed: int) -> None:
@@ -168,7 +185,7 @@ def _check_seed(folder: Path, seed: int) -> None:
         raise InvalidInput(f"{folder} holds a data set of seed {other}: give --seed {other} or another --root")
 
 
-def _progress(rendered: float, started: float, hours: float, wanted: int, known: dict[str, Item], show: bool) -> None:
+def _progress(rendered: float, started: float, hours: float, known: dict[str, Item], show: bool) -> None:
     if not show:
         return
     speed = rendered / max(time.monotonic() - started, 1e-9)
