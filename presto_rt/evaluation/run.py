@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -88,25 +89,58 @@ def real_clips(records: Sequence[dict[str, Any]], root: Path, seconds: float) ->
     return Lazy(make, len(records))
 
 
-def reconstructions(model: Any, clips: Sequence[np.ndarray]) -> Lazy:
-    """Clips after the model's codec: what a perfect generator could reach."""
-    import torch
+def kept(clips: Lazy, folder: Path, names: Sequence[str]) -> Lazy:
+    """The same clips, written to 16-bit FLAC files `folder`/NAME.flac when first asked for and read from there ever
+    after.
+    """
 
     def make(i: int) -> np.ndarray:
-        with torch.inference_mode():
-            samples = torch.from_numpy(np.ascontiguousarray(clips[i]))[None].to(_device(model))
-            return model.codec.decode(model.codec.encode(samples), frames=samples.shape[-1])[0].float().cpu().numpy()
+        file = folder / f"{names[i]}.flac"
+        if not file.is_file():
+            save_clip(file, clips[i])
+        return load_clip(file)
 
     return Lazy(make, len(clips))
 
 
-def _device(model: Any) -> Any:
+def save_clip(file: Path, samples: np.ndarray) -> None:
+    """Write a clip (2, n) as 16-bit FLAC; a killed run leaves no half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}.part")
+    _soundfile().write(unfinished, samples.T, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    unfinished.replace(file)
+
+
+def load_clip(file: Path) -> np.ndarray:
+    """A clip (2, n) float32 from a file."""
+    return np.ascontiguousarray(_soundfile().read(file, dtype="float32", always_2d=True)[0].T)
+
+
+def _soundfile() -> Any:
+    try:
+        import soundfile
+    except ImportError as error:
+        raise MissingDependency("keeping clips needs soundfile: pip install soundfile") from error
+    return soundfile
+
+
+def reconstructions(codec: Any, clips: Sequence[np.ndarray]) -> Lazy:
+    """Clips after the codec: what a perfect generator could reach."""
     import torch
 
-    return next((p.device for p in model.codec.parameters()), torch.device("cpu"))
+    def make(i: int) -> np.ndarray:
+        with torch.inference_mode():
+            samples = torch.from_numpy(np.ascontiguousarray(clips[i]))[None].to(_device(codec))
+            return codec.decode(codec.encode(samples), frames=samples.shape[-1])[0].float().cpu().numpy()
+
+    return Lazy(make, len(clips))
 
 
-def gaussian_latents(model: Any, count: int, seconds: float, seed: int = 0) -> Lazy:
+def _device(module: Any) -> Any:
+    return next(module.parameters()).device
+
+
+def gaussian_latents(codec: Any, count: int, seconds: float, seed: int = 0) -> Lazy:
     """Decoded white Gaussian latents of the data's standard deviation: what sampling without a model would give."""
     import torch
 
@@ -117,8 +151,8 @@ def gaussian_latents(model: Any, count: int, seconds: float, seed: int = 0) -> L
 
     def make(i: int) -> np.ndarray:
         with torch.inference_mode():
-            latents = 0.5 * normal(seed, (1, -(-frames // HOP), 64), stream=i).to(_device(model))
-            return model.codec.decode(latents, frames=frames)[0].float().cpu().numpy()
+            latents = 0.5 * normal(seed, (1, -(-frames // HOP), 64), stream=i).to(_device(codec))
+            return codec.decode(latents, frames=frames)[0].float().cpu().numpy()
 
     return Lazy(make, count)
 
@@ -150,13 +184,10 @@ def generated(
 
     The files' names hold a hash of weights, prompt, seed, length and options: a change of any makes new ones.
     """
-    try:
-        import soundfile
-    except ImportError as error:
-        raise MissingDependency("keeping generated clips needs soundfile: pip install soundfile") from error
-    folder.mkdir(parents=True, exist_ok=True)
     frames = round(seconds * SAMPLE_RATE)
-    settings = json.dumps({"seconds": seconds, "weights": fingerprint(model), **options}, sort_keys=True, default=str)
+    settings = json.dumps(
+        {"seconds": seconds, "weights": fingerprint(model.dit, model.codec), **options}, sort_keys=True, default=str
+    )
     files = [folder / f"{i:04d}-{_digest(f'{prompt}|{seed}|{settings}')}.flac" for i, prompt in enumerate(prompts)]
     began, made = time.monotonic(), 0
     for start in range(0, len(prompts), batch):
@@ -166,25 +197,20 @@ def generated(
         clips = model.generate([prompts[i] for i in part], seconds=seconds, seed=seed + start, **options)
         for i, audio in zip(part, clips, strict=True):
             samples = audio.samples if audio.samples.shape[0] == 2 else np.repeat(audio.samples, 2, 0)
-            unfinished = files[i].with_suffix(".part")
-            soundfile.write(unfinished, samples[:, :frames].T, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-            unfinished.replace(files[i])
+            save_clip(files[i], samples[:, :frames])
         made += len(part)
         log.info("generated %d of %d clips, %.1f s each", part.stop, len(prompts), (time.monotonic() - began) / made)
 
-    def make(i: int) -> np.ndarray:
-        return np.ascontiguousarray(soundfile.read(files[i], dtype="float32", always_2d=True)[0].T)
-
-    return Lazy(make, len(prompts))
+    return Lazy(lambda i: load_clip(files[i]), len(prompts))
 
 
-def fingerprint(model: Any) -> str:
-    """A hash of the model's transformer and codec weights."""
+def fingerprint(*modules: Any) -> str:
+    """A hash of modules' weights."""
     import torch
 
     digest = hashlib.sha256()
-    for part in (getattr(model, "dit", None), getattr(model, "codec", None)):
-        for key, value in sorted(part.state_dict().items()) if part is not None else ():
+    for module in modules:
+        for key, value in sorted(module.state_dict().items()):
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
@@ -192,6 +218,19 @@ def fingerprint(model: Any) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def codec_controls(
+    codec: Any, held_out: Lazy, records: Sequence[dict[str, Any]], folder: Path, few: int, seconds: float, seed: int
+) -> dict[str, Lazy]:
+    """The codec's reconstructions of the held-out clips, and decoded Gaussian latents, kept in `folder`."""
+    stamp = fingerprint(codec)
+    names = [f"{stamp}-{r['id']}-{r['start_frame']}-{seconds:g}" for r in records]
+    noises = [f"{stamp}-gaussian-{seed}-{i}-{seconds:g}" for i in range(few)]
+    return {
+        "codec reconstruction": kept(reconstructions(codec, held_out), folder, names),
+        "Gaussian latents": kept(gaussian_latents(codec, few, seconds, seed), folder, noises),
+    }
 
 
 def evaluate_model(
@@ -235,8 +274,7 @@ def evaluate_model(
             sets[label] = generated(
                 each, prompts, folder / "clips" / label, seconds=seconds, seed=seed, batch=batch, **options
             )
-        sets["codec reconstruction"] = reconstructions(model, held_out)
-        sets["Gaussian latents"] = gaussian_latents(model, few, seconds, seed)
+        sets |= codec_controls(model.codec, held_out, records, root / "heard" / "clips", few, seconds, seed)
     sets["shaped noise"] = shaped_noise(reference, few, seconds, seed)
     total, heard, began = sum(map(len, sets.values())) + len(reference), [0], time.monotonic()
 
