@@ -130,7 +130,8 @@ def launch(
     **constants: Any,
 ) -> None:
     """Run `kernel` on `grid` with positional `arguments` (tensors, numbers, None) and compile-time `constants`."""
-    options = options or {}
+    # said explicitly: Triton 3.10 turns the default around
+    options = {"enable_fp_fusion": True, **(options or {})}
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages, options))
         return

@@ -18,8 +18,11 @@ from collections.abc import Sequence
 import torch
 from presto_rt.kernels import OPERATORS
 
-from bench.kernels.harness import Case, ceiling, copies, measure, result, tests_are_green
+from bench.kernels.harness import Case, Ceiling, ceiling, copies, measure, result, tests_are_green
 from bench.results import machine, save, table
+
+#: an H200 as measured: bytes/s of a copy, bf16 operations/s of a large product
+H200 = Ceiling(4.3e12, 790e12)
 
 
 def cases(operator: str, device: str, preset: str) -> list[Case]:
@@ -33,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     parser.add_argument("--compile", action="store_true", help="torch.compile rows on the CPU too (slow to build)")
     parser.add_argument("--untested", action="store_true", help="skip the tests; then no speed-up is printed")
+    parser.add_argument("--floors", action="store_true", help="only print bytes, operations and floors")
     options = parser.parse_args(arguments)
+    if options.floors:
+        print(floors(options.operators))
+        return 0
     # every baseline gets what torch offers
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     if options.gpu and not torch.cuda.is_available():
@@ -60,10 +67,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = "kernels-" + "-".join(str(machine()["device"]).replace("(R)", "").replace(",", "").split())
     print(f"written to {save(name, {'ceiling': vars(top), 'table': rows})}")
     if device == "cpu":
-        print(
-            "Needs a GPU: the Triton rows of every operator, SDPA's flash and cuDNN kernels, flash-attn: python -m bench.kernels --gpu"
-        )
+        print("Needs a GPU (--gpu): the Triton rows of every operator, SDPA's flash and cuDNN kernels, flash-attn.")
     return 0
+
+
+def floors(operators: Sequence[str], top: Ceiling = H200) -> str:
+    """A table of bytes, operations and floors at small and medium, from the cases alone: nothing is run."""
+    rows = []
+    for operator in operators:
+        for case in (case for preset in presets("cuda") for case in cases(operator, "meta", preset)):
+            moved, computed = f"{case.moved / 1e6:.2f}", f"{case.operations / 1e9:.3g}"
+            limit = "bytes" if case.moved / top.bandwidth > case.operations / top.product else "products"
+            rows.append([operator, case.shape, moved, computed, f"{top.floor(case) * 1e6:.2f}", limit])
+    rows = [row for i, row in enumerate(rows) if row not in rows[:i]]  # sizes that both presets share
+    return table(["operator", "shape", "MB moved", "GFLOP", "floor us", "set by"], rows)
 
 
 def presets(device: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from bench.kernels.shapes import shapes
 
 def cases(device: str, preset: str) -> Iterator[Case]:
     s = shapes(preset, device)
-    stages = ((1024, 8, 256), (256, 2, 8)) if device == "cuda" else ((64, 4, 64),)
+    stages = ((1024, 8, 256), (256, 2, 8)) if device != "cpu" else ((64, 4, 64),)
     for channels, stride, divisor in stages:
         length = max(1, s.samples // divisor)
         weight = s.randn(channels, channels // 2, 2 * stride) * (2 * channels) ** -0.5

@@ -14,7 +14,7 @@ from bench.kernels.shapes import shapes
 
 def cases(device: str, preset: str) -> Iterator[Case]:
     s = shapes(preset, device)
-    stages = ((128, 1), (512, 8)) if device == "cuda" else ((32, 8),)
+    stages = ((128, 1), (512, 8)) if device != "cpu" else ((32, 8),)
     for channels, divisor in stages:
         length = s.samples // divisor
         weight = s.randn(channels, channels, 7) * (7 * channels) ** -0.5
