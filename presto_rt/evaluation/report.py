@@ -52,7 +52,6 @@ def evaluate(
             )
     options: dict[str, Any] = {"rate": rate, "workers": workers, "keep": keep, "progress": progress}
     real = listen(reference, notes=False, **options)
-    captions = None if reference_meta is None else caption_vectors(reference_meta)
     probe = None if reference_meta is None else adherence.Probe(real.embedding, reference_meta)
     results: dict[str, Any] = {}
     for name, clips in sets.items():
@@ -62,10 +61,10 @@ def evaluate(
         results[name] = {
             "clips": len(clips),
             **distances(real, heard),
-            **joint_distance(real, heard, captions, own),
+            **joint_distance(real, heard, reference_meta, own),
             **agreement(heard, own, probe),
             "by_kind": by_kind(heard, own, probe),
-            "shuffled": {**joint_distance(real, heard, captions, moved), **agreement(heard, moved, probe)},
+            "shuffled": {**joint_distance(real, heard, reference_meta, moved), **agreement(heard, moved, probe)},
         }
     return {
         "environment": environment(),
@@ -91,12 +90,13 @@ def distances(real: Listening, heard: Listening) -> dict[str, Any]:
 
 
 def joint_distance(
-    real: Listening, heard: Listening, captions: np.ndarray | None, meta: Sequence[Meta]
+    real: Listening, heard: Listening, reference_meta: Sequence[Meta] | None, meta: Sequence[Meta]
 ) -> dict[str, Estimate]:
     """The kernel distance between (sound, caption) pairs, when the reference has captions."""
-    if captions is None:
+    if reference_meta is None:
         return {}
-    pairs = (captions, caption_vectors(meta))
+    names = sorted({name for m in reference_meta for name in m.get("instruments") or ()})
+    pairs = (caption_vectors(reference_meta, names), caption_vectors(meta, names))
     kernel = gaussian_kernel(real.penultimate)
     return {
         "mmd_captions": kid(real.penultimate, heard.penultimate, real.clip, heard.clip, captions=pairs, kernel=kernel)
@@ -121,18 +121,12 @@ def by_kind(heard: Listening, meta: Sequence[Meta], probe: adherence.Probe | Non
     return {kind: agreement(take(heard, i), [meta[int(j)] for j in i], probe) for kind, i in parts.items()}
 
 
-def caption_vectors(meta: Sequence[Meta]) -> np.ndarray:
-    """The instruments that each record has, as a vector of length 1 per clip: (clips, instruments). Zeros when it
-    has none.
+def caption_vectors(meta: Sequence[Meta], names: Sequence[str]) -> np.ndarray:
+    """Which of the instruments `names` each record has, as a vector of length 1 per clip: (clips, len(names));
+    zeros for none.
     """
-    names = sorted(adherence.INSTRUMENTS)
-    rows = np.zeros((len(meta), len(names) + 1))
-    for row, m in zip(rows, meta, strict=True):
-        own = set(m.get("instruments") or ())
-        for column, label in enumerate(names):
-            row[column] = bool(own & set(adherence.INSTRUMENTS[label].names))
-        row[-1] = 1.0  # so that no caption is unlike every other
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = np.array([[name in (m.get("instruments") or ()) for name in names] for m in meta], dtype=np.float64)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-9)
 
 
 def environment() -> dict[str, Any]:
