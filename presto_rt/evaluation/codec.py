@@ -232,7 +232,7 @@ def picture(path: str | os.PathLike[str], original: np.ndarray, copy: np.ndarray
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependency("spectrogram pictures need matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(8, 6), dpi=80, layout="constrained")
+    figure = Figure(figsize=(7, 5), dpi=64, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 1, sharex=True)
     for axis, clip, name in zip(axes, (original, copy), ("original", title), strict=True):

@@ -216,9 +216,7 @@ class Codec(nn.Module):
         latents = latents.to(self._device(), torch.float32)
         if not torch.isfinite(latents).all():
             raise InvalidInput("latents hold NaN or infinity: the sampler diverged")
-        features = self.decode_features(latents)
-        features[:, :, :2] += self.synthesis_gain
-        samples = self.frames.synthesise(features, iterations)
+        samples = self.frames.synthesise(self.decode_features(latents), iterations, self.synthesis_gain)
         return samples[..., :frames].clamp(-1.0, 1.0)
 
     def freeze_encoder(self) -> None:

@@ -164,7 +164,7 @@ class SpectralFrames(nn.Module):
         samples = (total / weight.clamp_min(1e-3)).flatten(-2)
         return samples[..., PAD : PAD + count * FRAME_HOP]
 
-    def spectra(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def spectra(self, features: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features with cosine (B, 4 T, 3, bands) -> (magnitudes, unit phasors) of left and right, (B, 2, 4 T, 1025)
         each.
 
@@ -174,6 +174,9 @@ class SpectralFrames(nn.Module):
         """
         bins = self.to_bins(features)
         mid, side = self._magnitude(bins[:, :, 0]), self._magnitude(bins[:, :, 1])
+        if gain is not None:  # after the floor is taken off: before, it would lift silence above it
+            factor = self.to_bins(gain).exp()
+            mid, side = mid * factor, side * factor
         cosine = bins[:, :, 2].clamp(-1.0, 1.0)
         sine = (1.0 - cosine.square()).sqrt()
         # Mid lies on the real axis, or side does where it is louder; the other is at the angle between them.
@@ -195,10 +198,12 @@ class SpectralFrames(nn.Module):
         power = ((2.0 * logs).exp() - POWER_FLOOR).clamp_min(0.0)
         return (power.square() / (power + 0.3 * POWER_FLOOR)).clamp_min(1e-16).sqrt()
 
-    def synthesise(self, features: Tensor, griffin_lim: int = 0, momentum: float = 0.99) -> Tensor:
+    def synthesise(
+        self, features: Tensor, griffin_lim: int = 0, gain: Tensor | None = None, momentum: float = 0.99
+    ) -> Tensor:
         """Features with cosine (B, 4 T, 3, bands) -> stereo samples (B, 2, 2048 T), after `griffin_lim` fast
         iterations."""
-        magnitude, phasor = self.spectra(features.float())
+        magnitude, phasor = self.spectra(features.float(), gain)
         previous: Tensor | None = None
         for _ in range(griffin_lim):
             current = self.stft(self.istft(phasor.mul_(magnitude)))
