@@ -231,10 +231,10 @@ def _train_base(a: argparse.Namespace) -> None:
 
 
 def _encode(a: argparse.Namespace) -> None:
+    from .models.codec import load_codec
     from .training.latents import encode_dataset
-    from .training.pack import load_codec
 
-    encode_dataset(a.data, load_codec(a.codec), Path(a.data) / "latents")
+    encode_dataset(a.data, load_codec(Path(a.codec) / "final"), Path(a.data) / "latents")
 
 
 def _pack(a: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ def test_round_trip_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_narrow_storage_keeps_vectors_exact(tmp_path: Path) -> None:
     state = {"w": torch.randn(4, 4), "b": torch.randn(4)}
-    weights.save(tmp_path / "m", {}, {"dit": state}, dtype=torch.bfloat16)
+    weights.save(tmp_path / "m", {}, {"dit": weights.narrow(state, torch.bfloat16)})
     loaded = weights.load(tmp_path / "m").parts["dit"]
     assert torch.equal(loaded["b"], state["b"])
     assert torch.equal(loaded["w"], state["w"].bfloat16())

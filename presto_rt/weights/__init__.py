@@ -78,13 +78,13 @@ def load(name_or_folder: str | os.PathLike[str]) -> Weights:
     return weights
 
 
-def save(
-    folder: str | os.PathLike[str],
-    config: dict[str, Any],
-    parts: dict[str, dict[str, Tensor]],
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write a weights folder; floating tensors of two or more dimensions are stored as `dtype` if given.
+def narrow(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Matrices in `dtype`; vectors, scalars and integers as they are."""
+    return {k: v.to(dtype) if v.is_floating_point() and v.dim() > 1 else v for k, v in tensors.items()}
+
+
+def save(folder: str | os.PathLike[str], config: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> None:
+    """Write a weights folder, each tensor in its own dtype.
 
     A new folder is written beside the old one and renamed over it. Raises OutputError.
     """
@@ -97,7 +97,7 @@ def save(
     try:
         fresh.mkdir(parents=True)
         for part, tensors in parts.items():
-            stored = {k: _stored(v, dtype) for k, v in tensors.items()}
+            stored = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
             for number, shard in enumerate(_shards(stored), 1):
                 name, data = f"{part}-{number:05d}.safetensors", to_bytes(shard)
                 (fresh / name).write_bytes(data)
@@ -110,11 +110,6 @@ def save(
         fresh.rename(target)
     except OSError as error:
         raise OutputError(f"cannot write weights to {target}: {error.strerror or error}") from error
-
-
-def _stored(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    value = value.detach().cpu()
-    return (value.to(dtype) if dtype and value.is_floating_point() and value.dim() > 1 else value).contiguous()
 
 
 def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
