@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -205,14 +206,19 @@ def generated(
 
 
 def fingerprint(*modules: Any) -> str:
-    """A hash of modules' weights."""
+    """A hash of modules' weights and of the source files of their classes: clips kept under it are of this very
+    code.
+    """
     import torch
 
-    digest = hashlib.sha256()
+    digest, classes = hashlib.sha256(), set()
     for module in modules:
+        classes |= {type(part).__module__ for part in module.modules()}
         for key, value in sorted(module.state_dict().items()):
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name in sorted(c for c in classes if c.startswith("presto_rt.")):
+        digest.update(Path(str(sys.modules[name].__file__)).read_bytes())
     return digest.hexdigest()[:12]
 
 
