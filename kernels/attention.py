@@ -168,8 +168,9 @@ def tiles(heads: int, tokens: int, dim: int, q: Tensor) -> tuple[int, int, int, 
     if q.dtype == torch.float32:
         return 32, 32, 4, 1  # no matrix units: for checking, not for speed
     many = heads * runtime.ceil_div(tokens, 128) >= 264
-    stages = 3 if runtime.capability(q) >= 90 else 2
-    return (128, 64, 8, stages) if many else (64, 64, 4, stages)
+    hopper = runtime.capability(q) >= 90
+    block_n = 64 if hopper or dim <= 64 else 32  # 64 would spill: mma keeps operands in registers
+    return (128, block_n, 8, 3 if hopper else 2) if many else (64, block_n, 4, 3 if hopper else 2)
 
 
 def _sdpa(kernel: str | None) -> Forward:
