@@ -6,6 +6,7 @@ VENV ?= .venv
 TORCH ?= 2.13.0
 PROMPT ?= calm piano with warm strings, 84 bpm
 ARGS ?=
+GPU ?=
 
 # The budgets of `make model`: hours of music, minutes of training.
 HOURS ?= 25
@@ -91,9 +92,12 @@ model: $(VENV)/.installed-training
 	$(BIN)/presto-rt train base --minutes $(BASE_MINUTES) --resume
 	$(BIN)/presto-rt train pack out/nano --defaults '{"steps": 32, "sampler": "dpmpp_2m", "guidance": 2.0}'
 
+# Each writes bench/results/*.json; the last puts their tables into the README. GPU=--gpu for the kernels on a CUDA device.
 bench: $(VENV)/.installed-tests
-	@for file in bench/*.py bench/kernels/*.py; do \
-	    if [ -f "$$file" ]; then echo "== $$file"; $(BIN)/python "$$file" || exit 1; fi; done
+	$(BIN)/python bench/native.py
+	$(BIN)/python -m bench.kernels $(GPU)
+	$(BIN)/python bench/e2e.py
+	$(BIN)/python bench/readme.py
 
 wheel: $(VENV)/.installed
 	rm -rf build/lib build/bdist.* dist
