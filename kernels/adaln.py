@@ -299,7 +299,7 @@ def shipped(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
     medium.
     """
     meta = {"device": "meta"}
-    for width in (320, 1024, 1536):
+    for width in (384, 1024, 1536):
         x = torch.empty(1, 689, width, dtype=torch.bfloat16, **meta)
         table = torch.empty(480, width, **meta)
         base = torch.empty(1, dtype=torch.int32, **meta)

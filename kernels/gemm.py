@@ -370,7 +370,7 @@ def shipped(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     fp8 = torch.float8_e4m3fn
-    for width in (320, 1024, 1536):
+    for width in (384, 1024, 1536):
         for tokens in (345, 689, 1378):
             x, up, down = empty(1, tokens, width), empty(4 * width, width), empty(width, 4 * width)
             name = f"{tokens}x{width}"

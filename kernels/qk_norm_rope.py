@@ -185,7 +185,7 @@ def qk_norm_rope(
 def shipped(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """Name and call, on meta tensors, of every configuration that `report` compiles."""
     for heads, dim, turned, pairs, norm in (
-        (5, 64, 64, "halves", "rms"),
+        (6, 64, 64, "halves", "rms"),
         (16, 64, 64, "halves", "rms"),
         (24, 64, 64, "halves", "rms"),
         (16, 96, 96, "halves", "rms"),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 # before anything imports Triton: its decorators read this once
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+    if "triton" in sys.modules:
+        raise pytest.UsageError("Triton was imported before tests/kernels/conftest.py; set TRITON_INTERPRET=1")
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from presto_rt.kernels import runtime
 
