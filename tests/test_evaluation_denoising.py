@@ -123,3 +123,30 @@ def test_pieces_are_cut_out_of_a_split(tmp_path):
     assert [len(p) for p in pieces] == [5, 8]
     np.testing.assert_array_equal(pieces[1], rows[5:13])
     assert [len(p) for p in denoising.load_pieces(tmp_path, "train", most=7)] == [5]
+
+
+def test_a_pipeline_is_measured_on_a_data_sets_latents(tmp_path):
+    from models import write_tiny_model
+
+    from presto_rt.data.manifest import Item, Manifest
+    from presto_rt.pipeline import load
+
+    items = []
+    (tmp_path / "latents").mkdir()
+    for split, frames in (("train", 8000), ("test", 200)):
+        rows = (0.5 * ar1(0.9, frames, 64, frames)).astype(np.float16)
+        np.save(tmp_path / "latents" / f"{split}.npy", rows)
+        entry = {"items": [{"id": split, "start": 0, "frames": frames}], "done": 1}
+        (tmp_path / "latents" / f"{split}.json").write_text(json.dumps(entry))
+        items.append(
+            Item(
+                split, "solo", split, "none.wav", 9.3, split, "0", "synthetic", "CC0-1.0", captions=["piano"], bpm=90.0
+            )
+        )
+    Manifest(tmp_path, 0, items).save()
+    model = load(write_tiny_model(tmp_path / "tiny"), dtype="float32")
+    rows = denoising.model_errors(model, tmp_path, clips=4, frames=64)
+    assert [r.sigma for r in rows] == pytest.approx(denoising.SIGMAS)
+    for row in rows:
+        assert row.model.low <= row.model.value <= row.model.high
+        assert row.model.value > row.linear.value  # an untrained network cannot beat the Wiener filter of such data

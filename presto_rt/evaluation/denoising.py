@@ -40,9 +40,12 @@ def autocovariance(latents: Sequence[np.ndarray], lags: int) -> tuple[Tensor, Te
     """Mean (C,) and autocovariance (lags, C, C) over recordings (T_i, C): R[k] = E[(x_t - m)(x_{t+k} - m)^T], k >=
     0.
     """
-    total = sum(len(x) for x in latents)
-    if total < lags * 4:
-        raise InvalidInput(f"{total} latent frames are too few to fit a {lags}-frame linear denoiser")
+    total, channels = sum(len(x) for x in latents), latents[0].shape[1]
+    if total < 2 * lags * channels:  # fewer frames than a window has numbers: the covariance would be mostly noise
+        raise InvalidInput(
+            f"{total} latent frames are too few to fit a {lags}-frame linear denoiser of {channels} channels; "
+            f"give it at least {2 * lags * channels}"
+        )
     mean = torch.from_numpy(sum(np.asarray(x, dtype=np.float64).sum(0) for x in latents) / total)
     sums = torch.zeros(lags, len(mean), len(mean), dtype=torch.float64)
     pairs = torch.zeros(lags, dtype=torch.float64)
