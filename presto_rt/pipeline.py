@@ -35,6 +35,7 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_STEPS = 1_000
 MAX_COUNT = 10_000
+PEAK = 0.98
 Callback = Callable[[int, int], None]
 
 
@@ -163,7 +164,9 @@ class Pipeline:
         x = self.denoise(plan, condition, unconditional, seeds, callback)
         self._synchronize()
         denoised = time.perf_counter()
-        samples = self.codec.decode(x, frames=plan.samples).float().cpu().numpy()
+        samples = self.codec.decode(x, frames=plan.samples, clamp=False).float()
+        # A clip that would go over full scale is turned down as a whole: clipping would be heard.
+        samples = (samples / (samples.abs().amax((1, 2), keepdim=True) / PEAK).clamp_min(1.0)).cpu().numpy()
         decoded = time.perf_counter()
         timings = {"text": encoded - started, "denoise": denoised - encoded, "decode": decoded - denoised,
                    "total": decoded - started}  # fmt: skip

@@ -194,8 +194,10 @@ class Codec(nn.Module):
         return self.denormalise(self.decoder(latents / self.latent_scale + self.latent_mean))
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, frames: int | None = None, griffin_lim: int | None = None) -> Tensor:
-        """Latents (B, T, C) or (T, C) at std 0.5 -> stereo samples (B, 2, frames), T * 2048 by default, in [-1, 1].
+    def decode(
+        self, latents: Tensor, frames: int | None = None, griffin_lim: int | None = None, clamp: bool = True
+    ) -> Tensor:
+        """Latents (B, T, C) or (T, C) at std 0.5 -> stereo samples (B, 2, frames), T * 2048 by default, in [-1, 1] unless `clamp` is off.
 
         `griffin_lim` fast iterations refine the phase (None: the config's number). Raises InvalidInput on other
         shapes, on values that are not finite, or when `frames` is more than the latents hold.
@@ -217,7 +219,8 @@ class Codec(nn.Module):
         if not torch.isfinite(latents).all():
             raise InvalidInput("latents hold NaN or infinity: the sampler diverged")
         samples = self.frames.synthesise(self.decode_features(latents), iterations, self.synthesis_gain)
-        return samples[..., :frames].clamp(-1.0, 1.0)
+        samples = samples[..., :frames]
+        return samples.clamp(-1.0, 1.0) if clamp else samples
 
     def freeze_encoder(self) -> None:
         """Stop all gradients of the encoder, so that training the decoder on keeps the latents as they are."""
