@@ -17,7 +17,8 @@ def pack(output: str | Path, *, codec_run: str | Path, base_run: str | Path, def
     """Write `output` from a codec run's final/ and a base run's averaged weights.
 
     The codec's matrices as float16, in which the data set was encoded; the transformer's as bfloat16.
-    defaults: sampling settings that `presto_rt.pipeline.Defaults` knows. Raises InvalidInput, WeightsError, OutputError.
+    defaults: sampling settings that `presto_rt.pipeline.Defaults` knows. Raises InvalidInput, WeightsError or
+    OutputError.
     """
     codec = load_codec(Path(codec_run) / "final")
     tensors, meta = load_checkpoint(Path(base_run) / "checkpoint.safetensors")
