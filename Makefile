@@ -21,7 +21,7 @@ SANITIZED_TESTS := tests/test_noise.py tests/test_overlap.py tests/test_pcm.py $
 TEST_EXTRAS := dev,train,data,eval,triton
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test model test-sanitize lint format typecheck bench wheel clean
+.PHONY: help demo test model test-sanitize lint format typecheck bench bench-gpu wheel clean
 
 help:
 	@echo "make demo       a 32 s clip from a prompt, in demo.wav"
@@ -98,6 +98,10 @@ bench: $(VENV)/.installed-tests
 	$(BIN)/python -m bench.kernels $(GPU)
 	$(BIN)/python bench/e2e.py
 	$(BIN)/python bench/readme.py
+
+# What only a CUDA GPU can tell, in one command; without one it is a dry run.
+bench-gpu: $(VENV)/.installed-tests
+	$(BIN)/python -m bench.kernels --gpu
 
 wheel: $(VENV)/.installed
 	rm -rf build/lib build/bdist.* dist

@@ -166,13 +166,13 @@ class Pipeline:
         denoised = time.perf_counter()
         samples = self.codec.decode(x, frames=plan.samples, clamp=False).float()
         # A clip that would go over full scale is turned down as a whole: clipping would be heard.
-        samples = (samples / (samples.abs().amax((1, 2), keepdim=True) / PEAK).clamp_min(1.0)).cpu().numpy()
+        levelled = (samples / (samples.abs().amax((1, 2), keepdim=True) / PEAK).clamp_min(1.0)).cpu().numpy()
         decoded = time.perf_counter()
         timings = {"text": encoded - started, "denoise": denoised - encoded, "decode": decoded - denoised,
                    "total": decoded - started}  # fmt: skip
         audio = [
             Audio(s, SAMPLE_RATE, seed=seed, prompt=p, timings=dict(timings))
-            for s, seed, p in zip(samples, seeds, prompts, strict=True)
+            for s, seed, p in zip(levelled, seeds, prompts, strict=True)
         ]
         return audio, x.cpu()
 

@@ -197,7 +197,9 @@ class Codec(nn.Module):
     def decode(
         self, latents: Tensor, frames: int | None = None, griffin_lim: int | None = None, clamp: bool = True
     ) -> Tensor:
-        """Latents (B, T, C) or (T, C) at std 0.5 -> stereo samples (B, 2, frames), T * 2048 by default, in [-1, 1] unless `clamp` is off.
+        """Latents (B, T, C) or (T, C) at std 0.5 -> stereo samples (B, 2, frames), T * 2048 by default.
+
+        They lie in [-1, 1] unless `clamp` is off.
 
         `griffin_lim` fast iterations refine the phase (None: the config's number). Raises InvalidInput on other
         shapes, on values that are not finite, or when `frames` is more than the latents hold.
