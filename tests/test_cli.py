@@ -73,7 +73,14 @@ def test_interrupt(model: str, tmp_path: Path) -> None:
     """Ctrl-C during sampling: one line, status 130, no file."""
     command = [sys.executable, "-m", "presto_rt.cli", "generate", "piano", "--seconds", "100", "--steps", "1000",
                "--model", model, "-o", str(tmp_path / "x.wav")]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # a shell that runs the tests in the background leaves SIGINT ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert process.stderr is not None
     deadline, seen = time.time() + 120, ""
     while "/1000" not in seen and time.time() < deadline:
