@@ -90,7 +90,7 @@ model: $(VENV)/.installed-training
 	$(BIN)/presto-rt train codec --minutes $(CODEC_MINUTES) $$(test ! -e runs/codec/last.safetensors || echo --resume)
 	$(BIN)/presto-rt train encode
 	$(BIN)/presto-rt train base --minutes $(BASE_MINUTES) --resume
-	$(BIN)/presto-rt train pack out/nano --defaults '{"steps": 32, "sampler": "dpmpp_2m", "guidance": 2.0}'
+	$(BIN)/presto-rt train pack out/nano --defaults '{"steps": 32, "sampler": "dpmpp_2m", "guidance": 2.0, "guidance_interval": [0.0, 3.0]}'
 
 # Each writes bench/results/*.json; the last puts their tables into the README. GPU=--gpu for the kernels on a CUDA device.
 bench: $(VENV)/.installed-tests

@@ -6,7 +6,6 @@ then 0. A layer schedule maps a noise level to the blocks that run there; it is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,8 +129,3 @@ def parse_layers(layers: object, depth: int) -> LayerSchedule:
     if isinstance(layers, bool) or not isinstance(layers, int):
         raise InvalidInput(f'layers must be a number of blocks (1 to {depth}) or a share such as "60%"')
     return LayerSchedule(depth, ((float("inf"), keep_last(depth, layers)),))
-
-
-def evaluations(sampler_evaluations: Sequence[float], schedule: LayerSchedule) -> list[tuple[float, tuple[int, ...]]]:
-    """(sigma, blocks) of every network evaluation of a trajectory, in order."""
-    return [(sigma, schedule.blocks(sigma)) for sigma in sampler_evaluations]
