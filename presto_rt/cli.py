@@ -54,6 +54,7 @@ def _add_generate(commands: Any) -> None:
                    help=".wav, .flac or .ogg; several clips are numbered: out-1.wav, out-2.wav")  # fmt: skip
     p.add_argument("--seconds", type=float, default=32.0)
     p.add_argument("--bpm", type=float, help="tempo; else the prompt's own, if it names one")
+    p.add_argument("--key", help='like "D minor"; else the prompt\'s own, if it names one')
     p.add_argument("--steps", type=int)
     p.add_argument("--sampler", help="euler, heun, dpmpp_2m, dpmpp_2s or few_step")
     p.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 is none")
@@ -88,7 +89,7 @@ def _generate(a: argparse.Namespace) -> None:
     first = secrets.randbits(63) if a.seed is None else check_seed(a.seed)
     model = load(a.model, device=a.device, dtype=a.dtype, backend=a.backend)
     loaded = time.perf_counter() - started
-    options = {"negative_prompt": a.negative_prompt, "seconds": a.seconds, "bpm": a.bpm, "steps": a.steps,
+    options = {"negative_prompt": a.negative_prompt, "seconds": a.seconds, "bpm": a.bpm, "key": a.key, "steps": a.steps,
                "sampler": a.sampler, "guidance": a.guidance, "cfg_pp": a.cfg_pp, "layers": a.layers}  # fmt: skip
     model.plan(a.seconds, a.steps, a.sampler, a.guidance, None, a.cfg_pp, a.layers)  # bad settings before any work
     made = []

@@ -9,7 +9,7 @@ import platform
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .diffusion.precond import precondition
 from .diffusion.samplers import SAMPLERS, sample
 from .diffusion.schedule import LayerSchedule, karras_levels, parse_layers
 from .errors import BackendUnavailable, InvalidInput, WeightsError
+from .keys import Key, check_key, key_features, parse_key
 from .models.codec import Codec, CodecConfig
 from .models.dit import Condition, DiT, beat_features
 from .text import MAX_BPM, MIN_BPM, TextStates, check_prompts, load_text_encoder, parse_bpm
@@ -94,6 +95,7 @@ class Pipeline:
         negative_prompt: str | None = None,
         seconds: float = 32.0,
         bpm: float | Sequence[float | None] | None = None,
+        key: str | Sequence[str | None] | None = None,
         steps: int | None = None,
         sampler: str | None = None,
         guidance: float | None = None,
@@ -107,14 +109,14 @@ class Pipeline:
         """Music for one prompt (an Audio) or several (a list of them), 44.1 kHz stereo.
 
         seconds: 0.05 to 120; the clip has exactly round(seconds * 44100) frames. bpm: tempo, 30 to 300; None takes the
-        prompt's own ("90 bpm"), or leaves it free. steps, sampler, guidance: None takes the model's defaults.
+        prompt's own ("90 bpm"), or leaves it free. key: like "D minor", in the same way. steps, sampler, guidance: None takes the model's defaults.
         guidance: classifier-free guidance scale, 1 for none; with cfg_pp (CFG++) from 0 to 1. guidance_interval:
         (low, high) sigma. layers: how many blocks run, 6 or "75%". seed: clip i of a list uses seed + i, or the i-th
         of a list of seeds; None draws one, which the Audio tells. callback(step, steps) after each step.
         return_latents: returns (audio, latents (T, C)) or (list, (B, T, C)). Raises InvalidInput.
         """
         prompts = check_prompts(prompt)
-        tempos = self._tempos(prompts, bpm)
+        tempos, keys = self._tempos(prompts, bpm), self._keys(prompts, key)
         seeds = self._seeds(len(prompts), seed)
         plan = self.plan(seconds, steps, sampler, guidance, guidance_interval, cfg_pp, layers)
         if negative_prompt is not None and not isinstance(negative_prompt, str):
@@ -125,7 +127,7 @@ class Pipeline:
         size = 1 if self.device.type == "cpu" else max(1, 32_768 // plan.frames)
         for first in range(0, len(prompts), size):
             part = slice(first, first + size)
-            audio, x = self._run(plan, prompts[part], tempos[part], seeds[part], negative_prompt, callback)
+            audio, x = self._run(plan, prompts[part], tempos[part], keys[part], seeds[part], negative_prompt, callback)
             clips += audio
             latents.append(x)
         stacked = torch.cat(latents)
@@ -152,14 +154,14 @@ class Pipeline:
         return Plan(sampler, tuple(levels), how, parse_layers(layers, config.blocks), samples, -(-samples // HOP))
 
     @torch.inference_mode()
-    def _run(self, plan: Plan, prompts: list[str], tempos: list[float | None], seeds: list[int],
-             negative: str | None, callback: Callback | None) -> tuple[list[Audio], Tensor]:  # fmt: skip
+    def _run(self, plan: Plan, prompts: list[str], tempos: list[float | None], keys: list[Key | None],
+             seeds: list[int], negative: str | None, callback: Callback | None) -> tuple[list[Audio], Tensor]:  # fmt: skip
         started = time.perf_counter()
-        condition = self._condition(plan, prompts, tempos)
+        condition = self._condition(plan, prompts, tempos, keys)
         unconditional = self.dit.null(condition)
         if negative is not None:
             states = self._encode([negative] * len(prompts))
-            unconditional = Condition(states.states, states.mask, states.pooled, condition.seconds, condition.beat)
+            unconditional = replace(unconditional, text=states.states, text_mask=states.mask, pooled=states.pooled)
         encoded = time.perf_counter()
         x = self.denoise(plan, condition, unconditional, seeds, callback)
         self._synchronize()
@@ -197,11 +199,13 @@ class Pipeline:
         denoise = guided(lambda x, sigma: denoiser(x, sigma, condition), both, plan.guidance)
         return sample(plan.sampler, denoise, plan.levels[0] * fresh(0), plan.levels, fresh, callback)
 
-    def _condition(self, plan: Plan, prompts: list[str], tempos: list[float | None]) -> Condition:
+    def _condition(self, plan: Plan, prompts: list[str], tempos: list[float | None],
+                   keys: list[Key | None]) -> Condition:  # fmt: skip
         states = self._encode(prompts)
         beats = torch.stack([beat_features(plan.frames, HOP / SAMPLE_RATE, bpm) for bpm in tempos])
         seconds = torch.full((len(prompts),), plan.frames * HOP / SAMPLE_RATE)
-        return Condition(states.states, states.mask, states.pooled, seconds, beats).to(self.device)
+        tonality = torch.tensor([key_features(key) for key in keys])
+        return Condition(states.states, states.mask, states.pooled, seconds, beats, tonality).to(self.device)
 
     def _encode(self, prompts: list[str]) -> TextStates:
         states = load_text_encoder().encode(prompts, self.config.text_tokens)
@@ -213,24 +217,33 @@ class Pipeline:
 
     @staticmethod
     def _tempos(prompts: list[str], bpm: float | Sequence[float | None] | None) -> list[float | None]:
-        given = list(bpm) if isinstance(bpm, list | tuple) else [bpm] * len(prompts)
-        if len(given) != len(prompts):
-            raise InvalidInput(f"{len(prompts)} prompts but {len(given)} values of bpm")
+        given = _one_each("bpm", bpm, len(prompts))
         return [
             parse_bpm(p) if b is None else number("bpm", b, MIN_BPM, MAX_BPM)
             for p, b in zip(prompts, given, strict=True)
         ]
 
     @staticmethod
+    def _keys(prompts: list[str], key: str | Sequence[str | None] | None) -> list[Key | None]:
+        given = _one_each("key", key, len(prompts))
+        return [parse_key(p) if k is None else check_key(k) for p, k in zip(prompts, given, strict=True)]
+
+    @staticmethod
     def _seeds(count: int, seed: int | Sequence[int] | None) -> list[int]:
         if count > MAX_COUNT:
             raise InvalidInput(f"at most {MAX_COUNT} clips in one call, not {count}")
         if isinstance(seed, list | tuple):
-            if len(seed) != count:
-                raise InvalidInput(f"{count} prompts but {len(seed)} seeds")
-            return [noise.check_seed(s) for s in seed]
+            return [noise.check_seed(s) for s in _one_each("seed", seed, count)]
         first = secrets.randbits(63) if seed is None else noise.check_seed(seed)
         return [(first + i) % 2**64 for i in range(count)]
+
+
+def _one_each(name: str, value: Any, count: int) -> list[Any]:
+    """A value for each of `count` prompts: a list as it is, anything else repeated."""
+    given = list(value) if isinstance(value, list | tuple) else [value] * count
+    if len(given) != count:
+        raise InvalidInput(f"{count} prompts but {len(given)} values of {name}")
+    return given
 
 
 def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: str = "auto",

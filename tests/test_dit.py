@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,9 +23,8 @@ def random_dit(seed: int = 0) -> DiT:
 
 def condition(b: int = 2, t: int = 9, length: int = 5) -> Condition:
     mask = torch.ones(b, length, dtype=torch.bool)
-    return Condition(
-        torch.randn(b, length, 384), mask, torch.randn(b, 384), torch.full((b,), 3.0), torch.randn(b, t, 5)
-    )
+    text, pooled = torch.randn(b, length, 384), torch.randn(b, 384)
+    return Condition(text, mask, pooled, torch.full((b,), 3.0), torch.randn(b, t, 5), torch.randn(b, 24))
 
 
 @torch.inference_mode()
@@ -35,10 +36,11 @@ def test_every_input_matters() -> None:
         model(x + 0.1, s, c),
         model(x, s + 0.3, c),
         model(x, s, model.null(c)),
-        model(x, s, Condition(c.text, c.text_mask, c.pooled, c.seconds * 4, c.beat)),
-        model(x, s, Condition(c.text, c.text_mask, c.pooled, c.seconds, c.beat * 0)),
-        model(x, s, Condition(c.text, c.text_mask, c.pooled * 0, c.seconds, c.beat)),
-        model(x, s, Condition(c.text * 0, c.text_mask, c.pooled, c.seconds, c.beat)),
+        model(x, s, replace(c, seconds=c.seconds * 4)),
+        model(x, s, replace(c, beat=c.beat * 0)),
+        model(x, s, replace(c, key=c.key * 0)),
+        model(x, s, replace(c, pooled=c.pooled * 0)),
+        model(x, s, replace(c, text=c.text * 0)),
         model(x, s, c, blocks=(0, 2)),
     ]
     assert all((base - other).abs().max() > 1e-4 for other in changed)
@@ -66,7 +68,7 @@ def test_untrained_network_is_zero_and_budget_is_an_input() -> None:
     model, c = DiT(preset("tiny")), condition()
     assert model(torch.randn(2, 9, 64), torch.zeros(2), c).abs().max() == 0
     model = random_dit()
-    full, half = (model.condition_vector(torch.zeros(2), c.pooled, c.seconds, torch.full((2,), b)) for b in (1.0, 0.5))
+    full, half = (model.condition_vector(torch.zeros(2), c, torch.full((2,), b)) for b in (1.0, 0.5))
     assert (full - half).abs().max() > 1e-3
 
 

@@ -51,13 +51,13 @@ def trainer(data_root: Path, run: Path) -> BaseTrainer:
 
 def test_batches(data_root: Path) -> None:
     held = LatentSet(data_root, "val")
-    x, c = held.batch(np.random.default_rng(0), 6, 50, beat_dropout=0.5)
+    x, c = held.batch(np.random.default_rng(0), 6, 50, control_dropout=0.5)
     assert x.shape == (6, 50, 64)
     assert c.beat.shape == (6, 50, 5)
     assert c.text.shape[::2] == (6, 384)
     assert {float(b) for b in c.beat[:, 0, 4]} == {0.0, 1.0}
     assert torch.allclose(c.pooled[0], c.text[0][c.text_mask[0]].mean(0), atol=1e-4)
-    again, _ = LatentSet(data_root, "val").batch(np.random.default_rng(0), 6, 50, beat_dropout=0.5)
+    again, _ = LatentSet(data_root, "val").batch(np.random.default_rng(0), 6, 50, control_dropout=0.5)
     assert torch.equal(x, again)
     with pytest.raises(InvalidInput, match="201"):
         held.batch(np.random.default_rng(0), 1, 201)

@@ -20,7 +20,6 @@ from presto_rt.data.theory import Key
 from presto_rt.errors import MissingDependency
 
 COLLECTIONS = ("oneills1850", "ryansMammoth", "airdsAirs")
-_LETTERS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 _SHARPS = "FCGDAEB"
 _FIFTHS = {"C": 0, "G": 1, "D": 2, "A": 3, "E": 4, "B": 5, "F#": 6, "C#": 7, "F": -1, "Bb": -2, "Eb": -3, "Ab": -4}
 _METERS = {"C": (4, 4), "C|": (4, 4), "4/4": (4, 4), "2/4": (2, 4), "3/4": (3, 4), "6/8": (6, 8)}
@@ -82,7 +81,7 @@ def parse(block: str, name: str) -> Tune | None:
     fifths = _FIFTHS[key_text[1]] - (3 if mode == "minor" else 0)
     letters = _SHARPS[:fifths] if fifths >= 0 else _SHARPS[fifths:]
     signature = dict.fromkeys(letters, 1 if fifths > 0 else -1)
-    tonic = (_LETTERS[key_text[1][0]] + {"#": 1, "b": -1}.get(key_text[1][1:], 0)) % 12
+    tonic = (LETTERS[key_text[1][0]] + {"#": 1, "b": -1}.get(key_text[1][1:], 0)) % 12
     default = Fraction(1, 8) if Fraction(*meter) >= Fraction(3, 4) else Fraction(1, 16)
     unit = Fraction(fields["L"]) if re.fullmatch(r"1/\d+", fields.get("L", "")) else default
     bars = list(_bars("\n".join(body), unit, signature))
@@ -132,7 +131,7 @@ def _pitch(mark: str, letter: str, octave: str, accidentals: dict[str, int], sig
     if mark:
         accidentals[name] = mark.count("^") - mark.count("_")
     shift = accidentals.get(name, signature.get(name, 0))
-    return 60 + _LETTERS[name] + shift + 12 * (letter.islower() + octave.count("'") - octave.count(","))
+    return 60 + LETTERS[name] + shift + 12 * (letter.islower() + octave.count("'") - octave.count(","))
 
 
 def _assemble(bars: list, key: Key, meter: tuple[int, int], name: str) -> Tune | None:

@@ -42,7 +42,7 @@ class LayerDistillation:
     tokens: int = 2_048
     frames: tuple[tuple[int, float], ...] = ((128, 0.6), (256, 0.25), (689, 0.15))
     text_dropout: float = 0.1
-    beat_dropout: float = 0.3
+    control_dropout: float = 0.3
     ema_decay: float = 0.998
     clip: float = 1.0
     checkpoint_minutes: float = 3.0
@@ -99,7 +99,7 @@ class LayerTrainer(Trainer):
         """One budget; one part of its schedule, drawn as often as training's noise levels fall into it."""
         o = self.options
         schedule = self.schedules[int(self.rng.integers(len(self.schedules)))]
-        x, condition = draw_batch(self.train_set, self.rng, o.tokens, o.frames, o.beat_dropout)
+        x, condition = draw_batch(self.train_set, self.rng, o.tokens, o.frames, o.control_dropout)
         dropped = torch.rand(len(x), generator=self.generator, device=self.device) < o.text_dropout
         condition = drop_text(self.model, condition, dropped)
         sigma = self.levels_of_one_row(schedule, len(x))

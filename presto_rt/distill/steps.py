@@ -65,7 +65,7 @@ class StepDistillation:
     fake_rate: float = 1e-4
     tokens: int = 1_024
     frames: tuple[tuple[int, float], ...] = ((128, 0.7), (256, 0.2), (689, 0.1))
-    beat_dropout: float = 0.3
+    control_dropout: float = 0.3
     ema_decay: float = 0.99
     clip: float = 1.0
     checkpoint_minutes: float = 3.0
@@ -256,7 +256,7 @@ class StepTrainer(Trainer):
     def backward(self, side: Callable[[Tensor, Condition], dict[str, Tensor]]) -> dict[str, float]:
         """Gradients of one side's losses on a fresh batch."""
         o = self.options
-        x, condition = draw_batch(self.train_set, self.rng, o.tokens, o.frames, o.beat_dropout)
+        x, condition = draw_batch(self.train_set, self.rng, o.tokens, o.frames, o.control_dropout)
         with torch.autocast(self.device.type, torch.bfloat16):
             losses = side(x, condition)
         torch.stack([v.float() for v in losses.values()]).sum().backward()

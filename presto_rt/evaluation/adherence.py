@@ -18,7 +18,8 @@ import numpy as np
 
 from presto_rt.evaluation.rhythm import tempo_agrees
 from presto_rt.evaluation.statistics import Estimate, bootstrap, mean
-from presto_rt.evaluation.tonality import MODES, best_key, mirex_score, pitch_class
+from presto_rt.evaluation.tonality import best_key, mirex_score
+from presto_rt.keys import MODES, pitch_class
 
 Meta = dict[str, Any]
 

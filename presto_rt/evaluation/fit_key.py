@@ -14,7 +14,8 @@ import numpy as np
 from presto_rt.data.dataset import items, load_manifest
 from presto_rt.evaluation.notes import NoteTracker
 from presto_rt.evaluation.run import RENDERED, choose, real_clips
-from presto_rt.evaluation.tonality import best_key, fit, key_scores, pitch_class
+from presto_rt.evaluation.tonality import best_key, fit, key_scores
+from presto_rt.keys import pitch_class
 
 
 def cross_validate(chromas: list[np.ndarray], keys: list[tuple[int, str]], groups: list[str], ridge: float) -> float:

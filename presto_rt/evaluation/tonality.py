@@ -14,8 +14,6 @@ import numpy as np
 from presto_rt.errors import InvalidInput
 
 NAMES = ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
-MODES = ("major", "minor")
-_LETTERS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 
 # How well each pitch class fits a key, from its tonic up. Krumhansl and Kessler 1982 (listeners' ratings); Temperley
 # 2007, "Kostka-Payne" corpus (frequencies in textbook examples).
@@ -39,14 +37,6 @@ FITTED = (
     (2.35, -3.61, 1.71, 2.64, -2.32, 0.11, -1.54, 1.58, 2.46, -3.69, -0.40, 1.63,
      3.79, -2.75, -0.35, -0.21, -1.47, 0.39, -1.50, 1.17, 1.06, -2.42, 0.87, 0.84, 0.24),
 )  # fmt: skip
-
-
-def pitch_class(name: str) -> int:
-    """0 (C) to 11 (B) of a note's name: a letter A-G with any number of # or b. Raises InvalidInput otherwise."""
-    letter, signs = name[:1].upper(), name[1:]
-    if letter not in _LETTERS or signs.strip("#b"):
-        raise InvalidInput(f"not a note's name: {name!r}; write a letter A-G with # or b, as in F# or Bb")
-    return (_LETTERS[letter] + signs.count("#") - signs.count("b")) % 12
 
 
 def profile_scores(chroma: np.ndarray, profile: str = "temperley") -> np.ndarray:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..keys import KEY_CHANNELS
 
 BEAT_CHANNELS = 5  # sin, cos of beat phase; sin, cos of bar phase; 1 where a tempo is given
 
@@ -30,7 +31,8 @@ class Condition:
     """What a clip is conditioned on, for a batch of B clips.
 
     text: (B, L, text_dim) token states; text_mask: (B, L) bool, True for real tokens; pooled: (B, text_dim);
-    seconds: (B,) clip length; beat: (B, T, 5) beat-phase features, zeros where no tempo is asked.
+    seconds: (B,) clip length; beat: (B, T, 5) beat-phase features, zeros where no tempo is asked; key: (B, 24) of
+    `keys.key_features`, zeros where no key is asked.
     """
 
     text: Tensor
@@ -38,6 +40,7 @@ class Condition:
     pooled: Tensor
     seconds: Tensor
     beat: Tensor
+    key: Tensor
 
     def cat(self, other: Condition) -> Condition:
         """Stack two batches of conditions with equal T (texts are padded to the longer)."""
@@ -177,6 +180,7 @@ class DiT(nn.Module):
         self.length = nn.Linear(256, d)
         self.budget = nn.Linear(256, d)
         self.pooled = nn.Linear(config.text_dim, d)
+        self.key = nn.Linear(KEY_CHANNELS, d, bias=False)
         self.null_text = nn.Parameter(torch.zeros(1, 1, config.text_dim))
         self.null_pooled = nn.Parameter(torch.zeros(1, config.text_dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
@@ -185,22 +189,24 @@ class DiT(nn.Module):
         for layer in (self.modulation, self.output, self.budget):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.key.weight)
         nn.init.normal_(self.null_text, std=0.02)
 
-    def condition_vector(self, c_noise: Tensor, pooled: Tensor, seconds: Tensor, budget: Tensor) -> Tensor:
+    def condition_vector(self, c_noise: Tensor, condition: Condition, budget: Tensor) -> Tensor:
         """(B, width) vector that every modulation row is made from. budget: (B,) fraction of blocks that run."""
         dtype = self.noise[0].weight.dtype
         vector = self.noise(fourier(c_noise, 256).to(dtype))
-        vector = vector + self.length(fourier(seconds.clamp_min(0.1).log() / 5, 256).to(dtype))
-        vector = vector + self.budget(fourier(budget, 256).to(dtype)) + self.pooled(pooled.to(dtype))
+        vector = vector + self.length(fourier(condition.seconds.clamp_min(0.1).log() / 5, 256).to(dtype))
+        vector = vector + self.budget(fourier(budget, 256).to(dtype))
+        vector = vector + self.pooled(condition.pooled.to(dtype)) + self.key(condition.key.to(dtype))
         return F.silu(vector)
 
     def null(self, like: Condition) -> Condition:
-        """The condition with its text dropped: the unconditional branch of guidance."""
+        """The condition with its text and key dropped: the unconditional branch of guidance."""
         b = like.text.shape[0]
         mask = torch.ones(b, 1, dtype=torch.bool, device=like.text.device)
         return replace(like, text=self.null_text.to(like.text.dtype).expand(b, -1, -1), text_mask=mask,
-                       pooled=self.null_pooled.to(like.pooled.dtype).expand(b, -1))  # fmt: skip
+                       pooled=self.null_pooled.to(like.pooled.dtype).expand(b, -1), key=torch.zeros_like(like.key))  # fmt: skip
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: Condition, blocks: Sequence[int] | None = None,
                 budget: float | None = None) -> Tensor:  # fmt: skip
@@ -222,7 +228,7 @@ class DiT(nn.Module):
         """Activations after `blocks`, and the condition vector."""
         dtype = self.input.weight.dtype
         told = torch.full_like(c_noise, budget, dtype=torch.float32)
-        cond = self.condition_vector(c_noise, condition.pooled, condition.seconds, told)
+        cond = self.condition_vector(c_noise, condition, told)
         rope = rotary_table(x.shape[1], self.config.head_dim, x.device)
         text = condition.text.to(dtype)
         h = self.input(x.to(dtype)) + self.beat(condition.beat.to(dtype))
@@ -232,7 +238,7 @@ class DiT(nn.Module):
 
 
 def drop_text(model: DiT, condition: Condition, dropped: Tensor) -> Condition:
-    """Training's condition dropout: clips where `dropped` (B,) is True lose their text, as `DiT.null` would."""
+    """Training's condition dropout: clips where `dropped` (B,) is True lose their text and key, as `DiT.null` would."""
     null_text = F.pad(model.null_text, (0, 0, 0, condition.text.shape[1] - 1)).to(condition.text.dtype)
     null_mask = torch.zeros_like(condition.text_mask)
     null_mask[:, 0] = True
@@ -241,4 +247,5 @@ def drop_text(model: DiT, condition: Condition, dropped: Tensor) -> Condition:
         text=torch.where(dropped[:, None, None], null_text, condition.text),
         text_mask=torch.where(dropped[:, None], null_mask, condition.text_mask),
         pooled=torch.where(dropped[:, None], model.null_pooled.to(condition.pooled.dtype), condition.pooled),
+        key=condition.key * ~dropped[:, None],
     )

@@ -34,7 +34,7 @@ class BaseTraining:
     tokens: int = 2_048
     frames: tuple[tuple[int, float], ...] = ((128, 0.5), (256, 0.25), (689, 0.2), (1_378, 0.05))
     text_dropout: float = 0.1
-    beat_dropout: float = 0.3
+    control_dropout: float = 0.3
     p_mean: float = -0.4
     p_std: float = 1.0
     ema_decay: float = 0.998
@@ -59,7 +59,7 @@ def held_out_error(
 ) -> dict[str, float]:
     """E|D - x|^2 / sigma_data^2 at fixed noise levels on the same held-out crops every time, conditions given."""
     config = model.config
-    x, condition = held_out.batch(np.random.default_rng(1), clips, frames, beat_dropout=0.0)
+    x, condition = held_out.batch(np.random.default_rng(1), clips, frames, control_dropout=0.0)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.device)
     out = {}
     for s in VALIDATION_SIGMAS:
@@ -72,11 +72,11 @@ def held_out_error(
 
 
 def draw_batch(data: LatentSet, rng: np.random.Generator, tokens: int, frames: tuple[tuple[int, float], ...],
-               beat_dropout: float) -> tuple[Tensor, Condition]:  # fmt: skip
+               control_dropout: float) -> tuple[Tensor, Condition]:  # fmt: skip
     """A batch of about `tokens` frames of one crop length, drawn by its share."""
     lengths, shares = zip(*frames, strict=True)
     length = int(rng.choice(lengths, p=np.array(shares) / sum(shares)))
-    return data.batch(rng, max(1, tokens // length), length, beat_dropout)
+    return data.batch(rng, max(1, tokens // length), length, control_dropout)
 
 
 class BaseTrainer(Trainer):
@@ -102,12 +102,13 @@ class BaseTrainer(Trainer):
         tensors, meta = load_checkpoint(checkpoint)
         if ModelConfig.from_dict(meta["config"]) != self.config:
             raise InvalidInput(f"{checkpoint} holds another model configuration")
-        self.model.load_state_dict(part(tensors, "ema"))
-        self.ema.load_state_dict(part(tensors, "ema"), 0)
+        state = part(tensors, "ema")
+        self.model.load_state_dict(state)
+        self.ema.load_state_dict(state, 0)
 
     def train_step(self, progress: float) -> dict[str, float]:
         o = self.options
-        x, condition = draw_batch(self.train_set, self.rng, o.tokens, o.frames, o.beat_dropout)
+        x, condition = draw_batch(self.train_set, self.rng, o.tokens, o.frames, o.control_dropout)
         dropped = torch.rand(len(x), generator=self.generator, device=self.device) < o.text_dropout
         condition = drop_text(self.model, condition, dropped)
         sigma = training_levels(self.uniforms(len(x)), o.p_mean, o.p_std)

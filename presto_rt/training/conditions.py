@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import HOP, SAMPLE_RATE
 from ..data.dataset import load_manifest
 from ..errors import InvalidInput
+from ..keys import Key, key_features, pitch_class
 from ..models.dit import Condition, beat_features
 from ..text import load_text_encoder
 
@@ -31,6 +32,7 @@ class Piece:
     bpm: float | None
     beats_per_bar: int
     beat_offset: float
+    key: Key | None
 
 
 class LatentSet:
@@ -56,7 +58,7 @@ class LatentSet:
     @staticmethod
     def _piece(entry: dict[str, Any], item: Any) -> Piece:
         return Piece(item.id, entry["start"], entry["frames"], list(item.captions), item.bpm, item.beats_per_bar or 4,
-                     item.beat_offset_seconds or 0.0)  # fmt: skip
+                     item.beat_offset_seconds or 0.0, (pitch_class(item.key), item.mode) if item.key else None)  # fmt: skip
 
     def _encode_captions(self, cache: Path) -> None:
         """Token states of all captions, (tokens, 384) float16, with their offsets; kept beside the latents."""
@@ -85,27 +87,32 @@ class LatentSet:
         self.tokens = self.tokens.to(self.device)
 
     def batch(
-        self, rng: np.random.Generator, size: int, frames: int, beat_dropout: float = 0.3
+        self, rng: np.random.Generator, size: int, frames: int, control_dropout: float = 0.3
     ) -> tuple[Tensor, Condition]:
-        """Random crops: latents (size, frames, C) fp32 and their conditions; shorter pieces are left out."""
+        """Random crops: latents (size, frames, C) fp32 and their conditions; shorter pieces are left out.
+
+        Tempo and key are left out, each by itself, with probability control_dropout.
+        """
         fits = np.array([p.frames >= frames for p in self.pieces])
         if not fits.any():
             raise InvalidInput(f"no piece has {frames} latent frames ({frames * FRAME_SECONDS:.0f} s)")
         probability = self.probability * fits
         chosen = rng.choice(len(self.pieces), size, p=probability / probability.sum())
-        crops, texts, beats = [], [], []
+        crops, texts, beats, keys = [], [], [], []
         for i in chosen:
             piece = self.pieces[i]
             start = int(rng.integers(0, piece.frames - frames + 1))
             crops.append(self.latents[piece.start + start : piece.start + start + frames])
             caption = self.first_caption[i] + rng.integers(len(piece.captions))
             texts.append(self.tokens[self.offsets[caption] : self.offsets[caption + 1]])
-            bpm = None if rng.random() < beat_dropout else piece.bpm
+            bpm = None if rng.random() < control_dropout else piece.bpm
             beats.append(beat_features(frames, FRAME_SECONDS, bpm, piece.beats_per_bar, piece.beat_offset,
                                        start * FRAME_SECONDS))  # fmt: skip
+            keys.append(key_features(None if rng.random() < control_dropout else piece.key))
         text = torch.nn.utils.rnn.pad_sequence([t.float() for t in texts], batch_first=True)
         lengths = torch.tensor([len(t) for t in texts], device=self.device)
         mask = torch.arange(text.shape[1], device=self.device) < lengths[:, None]
         pooled = text.sum(1) / lengths[:, None]
         seconds = torch.full((size,), frames * FRAME_SECONDS, device=self.device)
-        return torch.stack(crops).float(), Condition(text, mask, pooled, seconds, torch.stack(beats).to(self.device))
+        condition = Condition(text, mask, pooled, seconds, torch.stack(beats), torch.tensor(keys))
+        return torch.stack(crops).float(), condition.to(self.device)
