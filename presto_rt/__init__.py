@@ -25,7 +25,7 @@ _loaded: dict[str, Pipeline] = {}
 def generate(prompt: Any, *, model: str = "nano", **options: Any) -> Any:
     """Music for a prompt (an Audio) or a list of prompts (a list). The model is loaded once and kept.
 
-    Options are those of `Pipeline.generate`: seconds, bpm, key, steps, sampler, guidance, negative_prompt, layers, seed, ...
+    Options are those of `Pipeline.generate`: seconds, bpm, key, steps, sampler, guidance, layers, seed, ...
     """
     if model not in _loaded:
         from .pipeline import load

@@ -35,18 +35,20 @@ def pitch_class(name: str) -> int:
 def parse_key(prompt: str) -> Key | None:
     """The key that a prompt names ("D minor", "F# major", "E-flat major"), or None. The first of several counts."""
     found = _KEY.search(prompt)
-    if not found:
-        return None
+    return _read(found) if found else None
+
+
+def _read(found: re.Match[str]) -> Key:
     sign = _SIGNS.get((found["sign"] or "").strip(" -"), 0)
     return (LETTERS[found["letter"].upper()] + sign) % 12, found["mode"][:3].lower() + "or"
 
 
 def check_key(key: object) -> Key:
     """A key from its name ("D minor"). Raises InvalidInput for anything else."""
-    parsed = parse_key(key.strip().capitalize()) if isinstance(key, str) else None
-    if parsed is None:
+    found = _KEY.fullmatch(key.strip().capitalize()) if isinstance(key, str) else None
+    if not found:
         raise InvalidInput(f'key must be like "D minor" or "F# major", not {key!r}')
-    return parsed
+    return _read(found)
 
 
 def key_features(key: Key | None) -> list[float]:

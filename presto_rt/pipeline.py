@@ -109,7 +109,8 @@ class Pipeline:
         """Music for one prompt (an Audio) or several (a list of them), 44.1 kHz stereo.
 
         seconds: 0.05 to 120; the clip has exactly round(seconds * 44100) frames. bpm: tempo, 30 to 300; None takes the
-        prompt's own ("90 bpm"), or leaves it free. key: like "D minor", in the same way. steps, sampler, guidance: None takes the model's defaults.
+        prompt's own ("90 bpm"), or leaves it free. key: like "D minor", in the same way.
+        steps, sampler, guidance: None takes the model's defaults.
         guidance: classifier-free guidance scale, 1 for none; with cfg_pp (CFG++) from 0 to 1. guidance_interval:
         (low, high) sigma. layers: how many blocks run, 6 or "75%". seed: clip i of a list uses seed + i, or the i-th
         of a list of seeds; None draws one, which the Audio tells. callback(step, steps) after each step.
@@ -155,7 +156,8 @@ class Pipeline:
 
     @torch.inference_mode()
     def _run(self, plan: Plan, prompts: list[str], tempos: list[float | None], keys: list[Key | None],
-             seeds: list[int], negative: str | None, callback: Callback | None) -> tuple[list[Audio], Tensor]:  # fmt: skip
+             seeds: list[int], negative: str | None,
+             callback: Callback | None) -> tuple[list[Audio], Tensor]:  # fmt: skip
         started = time.perf_counter()
         condition = self._condition(plan, prompts, tempos, keys)
         unconditional = self.dit.null(condition)

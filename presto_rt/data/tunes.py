@@ -18,6 +18,7 @@ from pathlib import Path
 
 from presto_rt.data.theory import Key
 from presto_rt.errors import MissingDependency
+from presto_rt.keys import LETTERS
 
 COLLECTIONS = ("oneills1850", "ryansMammoth", "airdsAirs")
 _SHARPS = "FCGDAEB"

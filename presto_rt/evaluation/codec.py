@@ -1,23 +1,18 @@
 """How close a codec's reconstruction is to the original, beside Opus at several bit rates.
 
 Clips are held-out pieces: rendered ones and recordings, (2, n) float32 at 44.1 kHz. `measure` compares two clips;
-`evaluate_codec` runs the codec and Opus over a data set's test split; `python -m presto_rt.evaluation.codec` writes
-JSON, a markdown table and pictures.
+`evaluate_codec` runs the codec and Opus over a data set's test split; bench/codec.py writes its JSON and pictures.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +20,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from presto_rt import native
 from presto_rt.data.dataset import frames_of, items, load_manifest, read_audio
 from presto_rt.errors import InvalidInput, MissingDependency
-from presto_rt.models.codec import Codec, load_codec
+from presto_rt.evaluation import statistics
+from presto_rt.models.codec import Codec
 from presto_rt.models.codec_features import N_FFT, SAMPLE_RATE, mel_filters
 
 MEASURES = {
@@ -148,7 +143,7 @@ def evaluate_codec(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Mean measures of the codec and of Opus for each group of clips: {"systems": {name: {group: measures}}, "notes":
-    [...]}.
+    [...]}, with the 95 % bootstrap interval of mel_db over clips.
 
     The codec appears once for each number of Griffin-Lim iterations, and with Gaussian noise of the given shares of
     the latents' standard deviation added. Opus is left out, with a note, where its tools are absent.
@@ -176,7 +171,10 @@ def evaluate_codec(
             for clip in clips:
                 rows.append(measure(clip, system(clip)))
                 bar.update()
-            results[name][group] = {key: float(np.mean([row[key] for row in rows])) for key in MEASURES}
+            values = {key: np.array([row[key] for row in rows]) for key in MEASURES}
+            interval = statistics.mean(values["mel_db"])
+            results[name][group] = {key: float(value.mean()) for key, value in values.items()}
+            results[name][group]["mel_db_interval"] = [interval.low, interval.high]
     bar.close()
     return {"systems": results, "notes": notes}
 
@@ -219,9 +217,16 @@ def markdown(report: dict[str, Any]) -> str:
     groups = list(next(iter(report["systems"].values())))
     lines = [f"| {' / '.join(groups)} | " + " | ".join(MEASURES.values()) + " |", "|---" * (len(MEASURES) + 1) + "|"]
     for name, by_group in report["systems"].items():
-        cells = [" / ".join(f"{by_group[group][key]:.2f}" for group in groups) for key in MEASURES]
+        cells = [" / ".join(_cell(by_group[group], key) for group in groups) for key in MEASURES]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, *report["notes"]]) + "\n"
+
+
+def _cell(measures: dict[str, Any], key: str) -> str:
+    text = f"{measures[key]:.2f}"
+    if (interval := measures.get(f"{key}_interval")) is not None:
+        text += f" ({interval[0]:.2f}-{interval[1]:.2f})"
+    return text
 
 
 def picture(path: str | os.PathLike[str], original: np.ndarray, copy: np.ndarray, title: str) -> None:
@@ -252,53 +257,3 @@ def picture(path: str | os.PathLike[str], original: np.ndarray, copy: np.ndarray
         axis.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
     axes[1].set_xlabel("seconds")
     figure.savefig(path)
-
-
-def main() -> None:
-    """Command line: evaluate a trained codec on a data set's test split."""
-    parser = argparse.ArgumentParser(
-        prog="python -m presto_rt.evaluation.codec", description="Evaluate the codec beside Opus."
-    )
-    parser.add_argument("--data", default="data")
-    parser.add_argument("--codec", default="runs/codec/final", help="folder with config.json and codec.safetensors")
-    parser.add_argument("--out", default="runs/codec/evaluation", help="folder for codec.json, codec.md and pictures")
-    parser.add_argument("--clips", type=int, default=24, help="clips in each group")
-    parser.add_argument("--seconds", type=float, default=8.0)
-    parser.add_argument("--pictures", type=int, default=1, help="pictures in each group")
-    a = parser.parse_args()
-    codec = load_codec(a.codec)
-    groups = {group: held_out(a.data, group, a.clips, a.seconds) for group in ("rendered", "recorded")}
-    groups = {group: clips for group, clips in groups.items() if clips}
-    if not groups:
-        raise InvalidInput(f"{a.data} has no test clips of {a.seconds} s: build the data set first")
-    report = evaluate_codec(codec, groups)
-    report |= {
-        "clips": {group: len(clips) for group, clips in groups.items()},
-        "seconds_per_clip": a.seconds,
-        "timings_32_s_stereo": time_codec(codec),
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "native": native.lib is not None,
-        },
-    }
-    out = Path(a.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "codec.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (out / "codec.md").write_text(markdown(report), encoding="utf-8")
-    for group, clips in groups.items():
-        for number, clip in enumerate(clips[: a.pictures]):
-            picture(
-                out / f"codec-{group}-{number}.png",
-                clip,
-                _round_trip(codec, clip, codec.config.griffin_lim),
-                "reconstruction",
-            )
-    print(markdown(report), json.dumps(report["timings_32_s_stereo"], indent=1), sep="\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -224,7 +224,8 @@ def model_errors(
     from presto_rt.training.conditions import LatentSet
 
     linear = LinearDenoiser.fit(load_pieces(Path(data_root) / "latents", "train"))
-    clean, condition = LatentSet(data_root, split).batch(np.random.default_rng(seed), clips, frames, control_dropout=0.0)
+    held_out = LatentSet(data_root, split)
+    clean, condition = held_out.batch(np.random.default_rng(seed), clips, frames, control_dropout=0.0)
     config, weight = model.config, next(model.dit.parameters())
 
     def denoiser(noisy: Tensor, sigma: Tensor, chosen: list[int]) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from presto_rt.errors import InvalidInput
+from presto_rt.keys import MODES
 
 NAMES = ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
 

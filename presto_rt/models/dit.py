@@ -205,8 +205,9 @@ class DiT(nn.Module):
         """The condition with its text and key dropped: the unconditional branch of guidance."""
         b = like.text.shape[0]
         mask = torch.ones(b, 1, dtype=torch.bool, device=like.text.device)
-        return replace(like, text=self.null_text.to(like.text.dtype).expand(b, -1, -1), text_mask=mask,
-                       pooled=self.null_pooled.to(like.pooled.dtype).expand(b, -1), key=torch.zeros_like(like.key))  # fmt: skip
+        text = self.null_text.to(like.text.dtype).expand(b, -1, -1)
+        pooled = self.null_pooled.to(like.pooled.dtype).expand(b, -1)
+        return replace(like, text=text, text_mask=mask, pooled=pooled, key=torch.zeros_like(like.key))
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: Condition, blocks: Sequence[int] | None = None,
                 budget: float | None = None) -> Tensor:  # fmt: skip

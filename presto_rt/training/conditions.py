@@ -57,8 +57,9 @@ class LatentSet:
 
     @staticmethod
     def _piece(entry: dict[str, Any], item: Any) -> Piece:
+        key = (pitch_class(item.key), item.mode) if item.key else None
         return Piece(item.id, entry["start"], entry["frames"], list(item.captions), item.bpm, item.beats_per_bar or 4,
-                     item.beat_offset_seconds or 0.0, (pitch_class(item.key), item.mode) if item.key else None)  # fmt: skip
+                     item.beat_offset_seconds or 0.0, key)  # fmt: skip
 
     def _encode_captions(self, cache: Path) -> None:
         """Token states of all captions, (tokens, 384) float16, with their offsets; kept beside the latents."""
