@@ -35,12 +35,14 @@ def test_every_choice_changes_the_result(model: Pipeline) -> None:
 
     base = latents()
     for other in (
-        latents(seed=8), latents("drums"), latents(bpm=90), latents("piano", steps=5), latents(sampler="dpmpp_2m"),
+        latents(seed=8), latents("drums"), latents(bpm=90), latents(key="D minor"),
+        latents("piano", steps=5), latents(sampler="dpmpp_2m"),
         latents(guidance=3.0), latents(negative_prompt="noise"), latents(layers="50%"), latents(sampler="few_step"),
         latents(guidance_interval=(0.1, 1.0)),
     ):  # fmt: skip
         assert np.abs(base - other).max() > 1e-6
     assert np.array_equal(latents("techno, 90 bpm"), latents("techno, 90 bpm", bpm=90))
+    assert np.array_equal(latents("piano in D minor"), latents("piano in D minor", key="d minor"))
 
 
 @pytest.mark.parametrize("seconds", [0.05, 0.5, 1, 3.3333, 8.0, 95.1])
@@ -91,8 +93,9 @@ def test_callback_and_its_interruption(model: Pipeline) -> None:
         ({"steps": 2.0}, "steps"), ({"steps": 10**6}, "steps"), ({"sampler": "magic"}, "heun"),
         ({"guidance": -1}, "guidance"), ({"guidance": math.nan}, "guidance"), ({"guidance": "2"}, "guidance"),
         ({"layers": 0}, "layers|blocks"), ({"layers": "fast"}, "layers"), ({"layers": 99}, "blocks"),
-        ({"bpm": 0}, "bpm"), ({"bpm": math.nan}, "bpm"), ({"bpm": [90, 90]}, "bpm"), ({"seed": -1}, "seed"),
-        ({"seed": 1.5}, "seed"), ({"seed": [1, 2]}, "seeds"), ({"negative_prompt": 3}, "negative"),
+        ({"bpm": 0}, "bpm"), ({"bpm": math.nan}, "bpm"), ({"bpm": [90, 90]}, "bpm"), ({"key": "H"}, "key"),
+        ({"key": 3}, "key"), ({"key": ["C major"] * 2}, "key"), ({"seed": -1}, "seed"),
+        ({"seed": 1.5}, "seed"), ({"seed": [1, 2]}, "seed"), ({"negative_prompt": 3}, "negative"),
         ({"cfg_pp": True, "guidance": 0.5}, "CFG"), ({"guidance_interval": (2, 1)}, "interval"),
     ],
 )  # fmt: skip
