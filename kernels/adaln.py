@@ -13,21 +13,32 @@ Batch element b reads row `base[b] + shift` and so on: `base` (int32, on the dev
 captured graph, the offsets are constants. y may be fp8: y / out_scale, saturated.
 
 Statistics and arithmetic are fp32 whatever the inputs; each input is read once, each output written once.
-
-Who writes what: program (i, b) writes rows i*ROWS ... of batch element b, of `residual_out` and `out`, whole rows,
-and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import runtime
-from .runtime import FLOATS, FP8, check, check_same_device, check_shape, check_tensor, jit, saturate, tl
+from .runtime import (
+    FLOATS,
+    FP8,
+    check,
+    check_out,
+    check_rows,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    jit,
+    saturate,
+    strides,
+    tl,
+)  # fmt: skip
 
 NORMS = ("layer", "rms")
 
@@ -40,7 +51,9 @@ def adaln_kernel(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, FUSED: tl.constexpr,
     GATED: tl.constexpr, MODULATED: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS tokens of one batch element."""
+    """Who writes what: program (i, b) writes tokens i*ROWS ... of batch element b, whole rows, in residual_ptr (where
+    FUSED) and in out_ptr.
+    """
     batch = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
@@ -99,9 +112,7 @@ def norm_modulate_reference(
         y = y * weight.to(wide)
     if table is not None and shift is not None and scale is not None:
         y = y * (1 + _rows(table, base, scale).to(wide)) + _rows(table, base, shift).to(wide)
-    out_dtype = out_dtype or x.dtype
-    limit = runtime.fp8_limit(out_dtype)
-    return ((y / out_scale).clamp(-limit, limit) if limit else y / out_scale).to(out_dtype)
+    return runtime.narrow(y / out_scale, out_dtype or x.dtype)
 
 
 def gate_residual_norm_modulate_reference(
@@ -110,24 +121,15 @@ def gate_residual_norm_modulate_reference(
     table: Tensor | None = None,
     *,
     gate: int | None = None,
-    shift: int | None = None,
-    scale: int | None = None,
     base: Tensor | None = None,
-    weight: Tensor | None = None,
-    norm: str = "layer",
-    eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
-    out_scale: float = 1.0,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`gate_residual_norm_modulate` in plain torch, arithmetic in fp32 (fp64)."""
+    """`gate_residual_norm_modulate` in plain torch, arithmetic in fp32 (fp64); options: those of `norm_modulate`."""
     wide = torch.promote_types(residual.dtype, torch.float32)
     gated = branch.to(wide) if table is None or gate is None else _rows(table, base, gate).to(wide) * branch.to(wide)
     r = (residual.to(wide) + gated).to(residual.dtype)
-    y = norm_modulate_reference(
-        r, table, shift=shift, scale=scale, base=base, weight=weight, norm=norm, eps=eps,
-        out_dtype=out_dtype or branch.dtype, out_scale=out_scale,
-    )  # fmt: skip
-    return r, y
+    return r, norm_modulate_reference(r, table, base=base, out_dtype=out_dtype or branch.dtype, **options)
 
 
 def _rows(table: Tensor, base: Tensor | None, offset: int) -> Tensor:
@@ -157,24 +159,14 @@ def norm_modulate(
     Returns (B, T, D). Raises InvalidInput for shapes, dtypes or row offsets that do not fit.
     """
     out_dtype = out.dtype if out is not None else out_dtype or x.dtype
-    _check(x, table, None, shift, scale, base, weight, norm, out_dtype, out_scale)
-    if not runtime.use_triton(x, backend):
-        result = norm_modulate_reference(
-            x,
-            table,
-            shift=shift,
-            scale=scale,
-            base=base,
-            weight=weight,
-            norm=norm,
-            eps=eps,
-            out_dtype=out_dtype,
-            out_scale=out_scale,
-        )
-        return result if out is None else out.copy_(result)
-    out = _output(out, x, out_dtype)
-    _launch(x, None, table, base, weight, None, out, None, shift, scale, norm, eps, out_scale)
-    return out
+    _check(x, None, table, None, shift, scale, base, weight, norm, out_dtype, out_scale, None, out)
+    if runtime.use_triton(x, backend):
+        return _launch(x, None, table, None, shift, scale, base, weight, norm, eps, out_dtype, out_scale, None, out)[1]
+    result = norm_modulate_reference(
+        x, table, shift=shift, scale=scale, base=base, weight=weight, norm=norm, eps=eps, out_dtype=out_dtype,
+        out_scale=out_scale,
+    )  # fmt: skip
+    return runtime.filled(out, result)
 
 
 def gate_residual_norm_modulate(
@@ -203,74 +195,55 @@ def gate_residual_norm_modulate(
     Raises InvalidInput as `norm_modulate` does.
     """
     out_dtype = out.dtype if out is not None else out_dtype or branch.dtype
-    _check(residual, table, gate, shift, scale, base, weight, norm, out_dtype, out_scale)
-    check_tensor("branch", branch, 3)
-    check_shape("branch", branch, tuple(residual.shape))
-    check_same_device(residual=residual, branch=branch)
-    if not runtime.use_triton(residual, backend):
-        r, y = gate_residual_norm_modulate_reference(
-            residual, branch, table, gate=gate, shift=shift, scale=scale, base=base, weight=weight, norm=norm, eps=eps,
-            out_dtype=out_dtype, out_scale=out_scale,
+    rows = (gate, shift, scale, base)
+    _check(residual, branch, table, *rows, weight, norm, out_dtype, out_scale, residual_out, out)
+    if runtime.use_triton(residual, backend):
+        return _launch(
+            residual, branch, table, *rows, weight, norm, eps, out_dtype, out_scale, residual_out, out
         )  # fmt: skip
-        return (r if residual_out is None else residual_out.copy_(r)), (y if out is None else out.copy_(y))
-    residual_out = _output(residual_out, residual, residual.dtype)
-    out = _output(out, residual, out_dtype)
-    _launch(residual, branch, table, base, weight, residual_out, out, gate, shift, scale, norm, eps, out_scale)
-    return residual_out, out
+    r, y = gate_residual_norm_modulate_reference(
+        residual, branch, table, gate=gate, shift=shift, scale=scale, base=base, weight=weight, norm=norm, eps=eps,
+        out_dtype=out_dtype, out_scale=out_scale,
+    )  # fmt: skip
+    return runtime.filled(residual_out, r), runtime.filled(out, y)
 
 
 def _launch(
-    x: Tensor,
-    branch: Tensor | None,
-    table: Tensor | None,
-    base: Tensor | None,
-    weight: Tensor | None,
-    residual_out: Tensor | None,
-    out: Tensor,
-    gate: int | None,
-    shift: int | None,
-    scale: int | None,
-    norm: str,
-    eps: float,
-    out_scale: float,
-) -> None:
+    x: Tensor, branch: Tensor | None, table: Tensor | None, gate: int | None, shift: int | None, scale: int | None,
+    base: Tensor | None, weight: Tensor | None, norm: str, eps: float, out_dtype: torch.dtype, out_scale: float,
+    residual_out: Tensor | None, out: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(residual_out or x, out), made where they are None."""
     batch, tokens, width = x.shape
+    runtime.check_fp8(x, out_dtype)
+    if branch is not None and residual_out is None:
+        residual_out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     block = runtime.next_power_of_2(width)
     rows = max(1, min(16, 1024 // block))  # narrow rows share a program, so that a warp reads whole cache lines
     runtime.launch(
         adaln_kernel, (runtime.ceil_div(tokens, rows), batch),
         x, branch, table, base, weight, residual_out, out,
-        tokens, x.stride(0), x.stride(1), *(branch.stride()[:2] if branch is not None else (0, 0)),
-        *(residual_out.stride()[:2] if residual_out is not None else (0, 0)), out.stride(0), out.stride(1),
+        tokens, *strides(x), *strides(branch), *strides(residual_out), *strides(out),
         table.stride(0) if table is not None else 0, gate or 0, shift or 0, scale or 0, eps, 1.0 / out_scale,
         num_warps=8 if block > 1024 else 4,
         WIDTH=width, BLOCK=block, ROWS=rows, CENTRED=norm == "layer", FUSED=branch is not None, GATED=gate is not None,
         MODULATED=scale is not None, LIMIT=runtime.fp8_limit(out.dtype),
     )  # fmt: skip
-
-
-def _output(out: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
-    if out is None:
-        return torch.empty(like.shape, dtype=dtype, device=like.device)
-    check_tensor("out", out, 3, (dtype,))
-    check_shape("out", out, tuple(like.shape))
-    return out
+    return x if residual_out is None else residual_out, out
 
 
 def _check(
-    x: Tensor,
-    table: Tensor | None,
-    gate: int | None,
-    shift: int | None,
-    scale: int | None,
-    base: Tensor | None,
-    weight: Tensor | None,
-    norm: str,
-    out_dtype: torch.dtype,
-    out_scale: float,
-) -> None:
-    check_tensor("x", x, 3)
+    x: Tensor, branch: Tensor | None, table: Tensor | None, gate: int | None, shift: int | None, scale: int | None,
+    base: Tensor | None, weight: Tensor | None, norm: str, out_dtype: torch.dtype, out_scale: float,
+    residual_out: Tensor | None, out: Tensor | None,
+) -> None:  # fmt: skip
+    check_tensor("x" if branch is None else "residual", x, 3)
     batch, _, width = x.shape
+    if branch is not None:
+        check_tensor("branch", branch, 3)
+        check_shape("branch", branch, tuple(x.shape))
     check(norm in NORMS, f"norm={norm!r} is unknown; use 'layer' or 'rms'")
     check(width <= 16384, f"width {width} is over 16384, the widest row that one program holds")
     check(
@@ -278,20 +251,14 @@ def _check(
         f"out_dtype={out_dtype} is not supported; use float32, float16, bfloat16 or float8_e4m3fn",
     )
     check(out_scale > 0, f"out_scale={out_scale} must be positive")
-    rows = [row for row in (gate, shift, scale) if row is not None]
     check((shift is None) == (scale is None), "shift and scale go together; give both or neither")
-    check(table is not None or not rows, "gate, shift and scale are rows of a table; pass the table")
-    if table is not None:
-        check_tensor("table", table, 2)
-        check(table.shape[1] == width, f"table has width {table.shape[1]}, x has {width}")
-        check(all(0 <= row < table.shape[0] for row in rows), f"row offsets {rows} must lie in 0..{table.shape[0] - 1}")
-    if base is not None:
-        check_tensor("base", base, 1, (torch.int32,))
-        check_shape("base", base, (batch,))
+    check_rows(table, base, [row for row in (gate, shift, scale) if row is not None], batch, width)
     if weight is not None:
         check_tensor("weight", weight, 1)
         check_shape("weight", weight, (width,))
-    check_same_device(x=x, table=table, base=base, weight=weight)
+    check_out("residual_out", residual_out, tuple(x.shape), x.dtype)
+    check_out("out", out, tuple(x.shape), out_dtype)
+    check_same_device(x=x, branch=branch, table=table, base=base, weight=weight, residual_out=residual_out, out=out)
 
 
 def shipped(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:

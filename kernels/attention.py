@@ -10,8 +10,6 @@ past the end) is 0.
 One function, several backends, chosen by name or, with "auto", by measuring those that can take the input the first
 time that a shape is seen on a device (`fastest`; call it before capturing a graph, for a capture cannot be measured
 in).
-
-Who writes what: program (i, h, b) writes rows i*BLOCK_M ... of head h of batch element b.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from torch import Tensor
 from ..errors import BackendUnavailable, InvalidInput, MissingDependency
 from . import runtime
 from .choice import Choice
-from .runtime import check, check_same_device, check_shape, check_tensor, dot, jit, tl
+from .runtime import check, check_out, check_same_device, check_shape, check_tensor, dot, jit, strides, tl
 
 LOG2_E = 1.4426950408889634
 Forward = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "int | None", float, "Tensor | None"], Tensor]
@@ -79,7 +77,10 @@ def attention_kernel(
     out_batch, out_head, out_token,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head. scale holds log2(e): the softmax runs in base 2."""
+    """Who writes what: program (i, h, b) writes queries i*BLOCK_M ... of head h of batch element b in out_ptr.
+
+    scale holds log2(e): the softmax runs in base 2.
+    """
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     begin = tl.program_id(0) * BLOCK_M
     row, dim = begin + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -150,12 +151,15 @@ def _triton(
 ) -> Tensor:
     batch, heads, tokens, dim = q.shape
     out = _frame_major(q) if out is None else out
+    # the kernel's offsets within a head are 32-bit
+    reach = max(x.shape[2] * x.stride(2) for x in (q, k, v, out))
+    check(reach < 2**31, f"the tokens of a head reach over {reach} elements, 2^31 are the most; call .contiguous()")
     block_m, block_n, warps, stages = tiles(batch * heads, tokens, dim, q)
     runtime.launch(
         attention_kernel, (runtime.ceil_div(tokens, block_m), heads, batch),
         q, k, v, out, lengths,
-        tokens, k.shape[-2], window or 0, scale * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *out.stride()[:3],
+        tokens, k.shape[-2], min(window or 0, tokens), scale * LOG2_E, *strides(q), *strides(k), *strides(v),
+        *strides(out),
         num_warps=warps, num_stages=stages,
         DIM=dim, BLOCK_D=max(16, runtime.next_power_of_2(dim)), BLOCK_M=block_m, BLOCK_N=block_n, WINDOWED=window is
         not None,
@@ -189,7 +193,9 @@ def _sdpa(kernel: str | None) -> Forward:
             chosen = sdpa_kernel(getattr(SDPBackend, kernel))
         with chosen:
             result = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        return result if out is None else out.copy_(result)
+        if lengths is not None and mask is not None:  # some of its kernels answer NaN where a row sees no key
+            result = result.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+        return runtime.filled(out, result)
 
     return forward
 
@@ -202,15 +208,14 @@ def _flash_attn(module: str, package: str) -> Forward:
     ) -> Tensor:
         try:
             function = importlib.import_module(module).flash_attn_func
-        except ImportError as error:
+        except (ImportError, AttributeError) as error:
             message = f"this attention backend needs {package}: pip install {package}, or use backend='triton'"
             raise MissingDependency(message) from error
         if lengths is not None:
             raise BackendUnavailable(f"{package} takes no key lengths here; use backend='triton' or 'sdpa'")
         near = {} if window is None else {"window_size": (window, window)}
         result = function(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, **near)
-        result = (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
-        return result if out is None else out.copy_(result)
+        return runtime.filled(out, (result[0] if isinstance(result, tuple) else result).transpose(1, 2))
 
     return forward
 
@@ -218,8 +223,7 @@ def _flash_attn(module: str, package: str) -> Forward:
 def _torch(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, window: int | None, scale: float, out: Tensor | None
 ) -> Tensor:
-    result = attention_reference(q, k, v, key_lengths=lengths, window=window, scale=scale)
-    return result if out is None else out.copy_(result)
+    return runtime.filled(out, attention_reference(q, k, v, key_lengths=lengths, window=window, scale=scale))
 
 
 BACKENDS: dict[str, Forward] = {
@@ -257,7 +261,7 @@ def attention(
     _check(q, k, v, key_lengths, window, out)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "auto":
-        backend = fastest(q, k, v, key_lengths=key_lengths, window=window)
+        backend = fastest(q, k, v, key_lengths=key_lengths, window=window, out=out)
     elif backend not in BACKENDS:
         raise InvalidInput(f"attention backend {backend!r} is unknown; use 'auto' or one of {', '.join(BACKENDS)}")
     if backend == "triton":
@@ -268,14 +272,25 @@ def attention(
 choice = Choice("attention")
 
 
-def fastest(q: Tensor, k: Tensor, v: Tensor, *, key_lengths: Tensor | None = None, window: int | None = None) -> str:
-    """Name of the backend that "auto" takes for such inputs; measured once per device, dtype, shape, layout, mask."""
+def fastest(
+    q: Tensor, k: Tensor, v: Tensor, *, key_lengths: Tensor | None = None, window: int | None = None,
+    out: Tensor | None = None,
+) -> str:  # fmt: skip
+    """Name of the backend that "auto" takes for such inputs; measured once per device, dtype, shape, layout, mask.
+
+    out: given where the call will be; what is in it stays. Some backends must copy their result there.
+    """
     if not q.is_cuda:
         return "triton" if runtime.use_triton(q) else "sdpa"
     names = [name for name in MEASURED if name != "triton" or runtime.triton is not None]
-    inputs = (q, k, v, key_lengths, window, q.shape[-1] ** -0.5, None)
-    key = (q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), key_lengths is None, window)
-    return choice.fastest(key, lambda: {name: functools.partial(BACKENDS[name], *inputs) for name in names}, names[0])
+    key = (q.dtype, q.shape, k.shape, *(x.stride() for x in (q, k, v)), key_lengths is None, window, out is None)
+
+    def ways() -> dict[str, Callable[[], Tensor]]:
+        scratch = None if out is None else torch.empty_like(out)
+        inputs = (q, k, v, key_lengths, window, q.shape[-1] ** -0.5, scratch)
+        return {name: functools.partial(BACKENDS[name], *inputs) for name in names}
+
+    return choice.fastest(q.device, key, ways, names[0])
 
 
 def _frame_major(q: Tensor) -> Tensor:
@@ -297,9 +312,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, window: 
     if window is not None:
         check(window >= 0, f"window={window} must be 0 or more frames to either side")
         check(k.shape[2] == tokens, f"a window needs as many keys as queries, not {k.shape[2]} and {tokens}")
-    if out is not None:
-        check_tensor("out", out, 4, (q.dtype,))
-        check_shape("out", out, tuple(q.shape))
+    check_out("out", out, tuple(q.shape), q.dtype)
     check_same_device(q=q, k=k, v=v, key_lengths=key_lengths, out=out)
 
 

@@ -1,14 +1,11 @@
 """Transposed one-dimensional convolution (upsampling), with Snake on its way in: a matrix product whose rows are
 (channel, phase).
 
-    y[q stride + r - padding] = sum_j W[:, :, r + j stride] s[q - j] + bias        r = 0 ... stride - 1, s as in
-    snake_conv1d
+    y[q stride + r - padding] = sum_j W[:, :, r + j stride] s[q - j] + bias
+    r = 0 ... stride - 1, s as in snake_conv1d
 
 The overlap-add happens in the sum over j, inside one program: each output sample gathers the ceil(K / stride) inputs
 that reach it, and nothing is added atomically. The stride phases of a time are put side by side before the store.
-
-Who writes what: program (i, j, b) writes samples i*BLOCK_Q*stride - padding ... and channels j*BLOCK_M/PHASES ... of
-clip b.
 """
 
 from __future__ import annotations

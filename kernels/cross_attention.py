@@ -6,8 +6,6 @@
 At most 256 keys fit one program whole, so its softmax is a plain one, without the running maximum of `attention`. The
 queries come straight from their projection and are normalised on the way in (q_weight=None: they are not); the result
 goes out in the layout of the projection that follows. Softmax and norm in fp32.
-
-Who writes what: program (i, h, b) writes tokens i*BLOCK_M ... , columns of head h, of batch element b.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import runtime
-from .runtime import check, check_same_device, check_shape, check_tensor, dot, jit, tl
+from .runtime import check, check_out, check_same_device, check_shape, check_tensor, dot, jit, strides, tl
 
 LOG2_E = 1.4426950408889634
 MAX_KEYS = 256
@@ -32,7 +30,9 @@ def cross_attention_kernel(
     out_token,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head against all keys. scale holds log2(e)."""
+    """Who writes what: program (i, h, b) writes tokens i*BLOCK_M ... , the columns of head h, of batch element b in
+    out_ptr. It sees all keys. scale holds log2(e).
+    """
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     token = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     dim, key = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
@@ -150,13 +150,11 @@ def cross_attention(
     if key_lengths is not None:
         check_tensor("key_lengths", key_lengths, 1, (torch.int32,))
         check_shape("key_lengths", key_lengths, (batch,))
-    if out is not None:
-        check_tensor("out", out, 3, (q.dtype,))
-        check_shape("out", out, tuple(q.shape))
+    check_out("out", out, tuple(q.shape), q.dtype)
     check_same_device(q=q, k=k, v=v, q_weight=q_weight, key_lengths=key_lengths, out=out)
     if not runtime.use_triton(q, backend):
         result = cross_attention_reference(q, k, v, q_weight=q_weight, key_lengths=key_lengths, scale=scale, eps=eps)
-        return result if out is None else out.copy_(result)
+        return runtime.filled(out, result)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     block_s = max(16, runtime.next_power_of_2(keys))
     # over 128 keys the scores of 64 queries do not fit the registers; 32 are too few for wgmma, and spills would cost
@@ -166,7 +164,7 @@ def cross_attention(
         cross_attention_kernel, (runtime.ceil_div(tokens, block_m), heads, batch),
         q, k, v, q_weight, key_lengths, out,
         tokens, keys, (dim**-0.5 if scale is None else scale) * LOG2_E, eps,
-        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *out.stride()[:2],
+        *strides(q), *strides(k), *strides(v), *strides(out),
         num_warps=8 if block_s * dim > 64 * 128 else 4,
         DIM=dim, BLOCK_D=max(16, runtime.next_power_of_2(dim)), BLOCK_M=block_m, BLOCK_S=block_s,
     )  # fmt: skip

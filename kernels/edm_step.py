@@ -16,9 +16,6 @@ each is linear, and `coefficients` makes its five numbers in fp64 on the host, b
 They are read from the device, so a captured graph can be replayed with another schedule, guidance scale or seed. n
 is, to the bit, presto_rt.noise.normal(seed, shape, stream=stream) of each clip: sums are unfused and in the order
 written.
-
-Who writes what: program (i, b) writes elements i*BLOCK ... of clip b in x_out and input_out (in both halves of a
-doubled batch).
 """
 
 from __future__ import annotations
@@ -58,7 +55,9 @@ def edm_step_kernel(
     stream,
     BLOCK: tl.constexpr, DOUBLED: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK elements of one clip."""
+    """Who writes what: program (i, b) writes elements i*BLOCK ... of clip b in x_out_ptr and input_ptr, there in both
+    halves of a doubled batch.
+    """
     batch = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     element = start + tl.arange(0, BLOCK)
@@ -81,7 +80,7 @@ def edm_step_kernel(
 
 @jit
 def normal_kernel(out_ptr, seed_ptr, scale, count, stream, BLOCK: tl.constexpr):
-    """One program: BLOCK elements of one clip's noise."""
+    """Who writes what: program (i, b) writes elements i*BLOCK ... of clip b in out_ptr."""
     batch = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     element = start + tl.arange(0, BLOCK)

@@ -1,8 +1,8 @@
 """Linear layers with what follows them in a transformer block, in one kernel.
 
     z = (x W^T) * x_scale * weight_scale + bias
-    linear:                 y = act(z),            act: none, GELU (exact or tanh), SiLU; SwiGLU: z = [a, g], y = a *
-    silu(g) linear_gate_residual:   r = residual + table[base + gate] * z
+    linear:                 y = act(z)       act: none, GELU (exact or tanh), SiLU; SwiGLU: z = [a, g], y = a * silu(g)
+    linear_gate_residual:   r = residual + table[base + gate] * z
 
 x is (batch, tokens, K), W is (N, K) as in torch.nn.Linear, fp16 or bf16, or float8_e4m3fn with a static x_scale (one
 number) and a weight_scale (N,). y may be fp8 itself: y / out_scale, saturated. Products accumulate in fp32; fp8 ones
@@ -11,8 +11,6 @@ in.
 
 cuBLASLt is hard to beat on the product alone. backend="auto" measures both ways once per shape and takes the faster;
 "torch" is cuBLASLt with the epilogue in eager torch.
-
-Who writes what: program (i, 0, b) writes one BLOCK_M x BLOCK_N tile of the result for batch element b.
 """
 
 from __future__ import annotations
@@ -26,7 +24,21 @@ from torch import Tensor
 
 from . import runtime
 from .choice import Choice
-from .runtime import FLOATS, FP8, check, check_same_device, check_shape, check_tensor, dot, jit, saturate, tl
+from .runtime import (
+    FLOATS,
+    FP8,
+    check,
+    check_out,
+    check_rows,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    dot,
+    jit,
+    saturate,
+    strides,
+    tl,
+)  # fmt: skip
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "swiglu")
 choice = Choice("gemm")
@@ -52,7 +64,9 @@ def gemm_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     ACTIVATION: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """One program: a BLOCK_M x BLOCK_N tile of one batch element. Neighbouring programs share a block of weights."""
+    """Who writes what: program (i, 0, b) writes one BLOCK_M x BLOCK_N tile of batch element b in out_ptr: row block i
+    modulo their number, column block i divided by it. So neighbouring programs share a block of weights.
+    """
     batch = tl.program_id(2).to(tl.int64)
     row_blocks = tl.cdiv(tokens, BLOCK_M)
     row = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -135,7 +149,7 @@ def linear_reference(
     if weight_scale is not None:
         w = w * weight_scale.to(wide)[:, None]
     y = _TORCH_ACTIVATIONS[activation](F.linear(x.to(wide), w, None if bias is None else bias.to(wide)))
-    return _narrow(y / out_scale, out_dtype or _result_dtype(x))
+    return runtime.narrow(y / out_scale, out_dtype or _result_dtype(x))
 
 
 def linear_gate_residual_reference(
@@ -153,12 +167,12 @@ def linear_gate_residual_reference(
     """`linear_gate_residual` in plain torch: arithmetic in fp32, or fp64 where the residual is."""
     wide = torch.promote_types(residual.dtype, torch.float32)
     z = linear_reference(x, weight, bias, x_scale=x_scale, weight_scale=weight_scale, out_dtype=wide)
-    return (residual.to(wide) + _gate(table, base, gate, wide) * z).to(residual.dtype)
+    if table is not None:
+        z = _gate(table, base, gate, wide) * z
+    return (residual.to(wide) + z).to(residual.dtype)
 
 
-def _gate(table: Tensor | None, base: Tensor | None, gate: int, dtype: torch.dtype) -> Tensor | float:
-    if table is None:
-        return 1.0
+def _gate(table: Tensor, base: Tensor | None, gate: int, dtype: torch.dtype) -> Tensor:
     return (table[gate][None, None] if base is None else table[base.long() + gate][:, None]).to(dtype)
 
 
@@ -166,37 +180,21 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.dtype in FP8 else x.dtype
 
 
-def _narrow(y: Tensor, dtype: torch.dtype) -> Tensor:
-    limit = runtime.fp8_limit(dtype)
-    return (y.clamp(-limit, limit) if limit else y).to(dtype)
-
-
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, x_scale: float, weight_scale: Tensor | None) -> Tensor:
-    """x W^T + bias through cuBLASLt or oneDNN, in the dtype of x (fp8: bf16)."""
+    """x W^T * scales + bias through cuBLASLt or oneDNN, in the dtype of x (fp8: bf16)."""
     if x.dtype not in FP8:
-        y = F.linear(x, weight)
-        if weight_scale is not None:
-            y = y * (weight_scale * x_scale).to(y.dtype)
-        elif x_scale != 1.0:
-            y = y * x_scale
+        if weight_scale is None and x_scale == 1.0:
+            return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        y = F.linear(x, weight) * (x_scale if weight_scale is None else (weight_scale * x_scale).to(x.dtype))
         return y if bias is None else y + bias.to(y.dtype)
     if not x.is_cuda:
         return linear_reference(x, weight, bias, x_scale=x_scale, weight_scale=weight_scale)
     rows = x.flatten(0, -2)
-    ones = torch.ones(rows.shape[0], 1, device=x.device) * x_scale
-    scales = torch.ones(1, weight.shape[0], device=x.device) if weight_scale is None else weight_scale[None]
-    y = torch._scaled_mm(rows, weight.T, scale_a=ones, scale_b=scales, bias=bias, out_dtype=torch.bfloat16)
+    scale_a = torch.full((rows.shape[0], 1), x_scale, device=x.device)
+    scale_b = torch.ones(1, weight.shape[0], device=x.device) if weight_scale is None else weight_scale[None]
+    bias = None if bias is None else bias.bfloat16()
+    y = torch._scaled_mm(rows, weight.T, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=torch.bfloat16)
     return y.unflatten(0, x.shape[:-1])
-
-
-def _linear_torch(x, weight, bias, activation, x_scale, weight_scale, out_scale, out):  # type: ignore[no-untyped-def]
-    y = _TORCH_ACTIVATIONS[activation](_product(x, weight, bias, x_scale, weight_scale))
-    return out.copy_(_narrow(y / out_scale if out_scale != 1.0 else y, out.dtype))
-
-
-def _residual_torch(x, weight, bias, residual, table, gate, base, x_scale, weight_scale, out):  # type: ignore[no-untyped-def]
-    z = _product(x, weight, bias, x_scale, weight_scale)
-    return torch.add(residual, _gate(table, base, gate, z.dtype) * z, out=out)
 
 
 def linear(
@@ -222,21 +220,17 @@ def linear(
     dtype = out.dtype if out is not None else out_dtype or _result_dtype(x)
     check(dtype in FLOATS + FP8, f"out_dtype={dtype} is not supported; use float32, float16, bfloat16 or float8_e4m3fn")
     check(out_scale > 0, f"out_scale={out_scale} must be positive")
-    _check(x, weight, bias, weight_scale)
-    columns = weight.shape[0]
-    if activation == "swiglu":
-        check(columns % 2 == 0, f"swiglu needs an even number of weight rows, values and gates, not {columns}")
-        columns //= 2
-    shape = (*x.shape[:2], columns)
-    if out is None:
-        out = torch.empty(shape, dtype=dtype, device=x.device)
-    check_shape("out", out, shape)
-    check_tensor("out", out, 3, (dtype,))
-    fused = partial(_launch, x, weight, bias, weight_scale, None, None, None, out, 0, activation, x_scale, out_scale)
-    plain = partial(_linear_torch, x, weight, bias, activation, x_scale, weight_scale, out_scale, out)
-    ways: dict[str, Callable[[], object]] = {"triton": fused, "torch": plain}
-    ways[_pick(backend, x, (x.dtype, x.shape, weight.shape, activation, bias is None, dtype), lambda: ways)]()
-    return out
+    shape = _check(x, weight, bias, weight_scale, out, dtype, swiglu=activation == "swiglu")
+
+    def fused(out: Tensor | None) -> Tensor:
+        scales = {"x_scale": x_scale, "weight_scale": weight_scale, "out_scale": out_scale}
+        return _launch(x, weight, bias, out, shape, dtype, activation=activation, **scales)
+
+    def plain(out: Tensor | None) -> Tensor:
+        y = _TORCH_ACTIVATIONS[activation](_product(x, weight, bias, x_scale, weight_scale))
+        return runtime.filled(out, runtime.narrow(y / out_scale if out_scale != 1.0 else y, dtype))
+
+    return _run(fused, plain, x, weight, out, backend, (activation, bias is None, dtype))
 
 
 def linear_gate_residual(
@@ -258,40 +252,42 @@ def linear_gate_residual(
     residual (B, T, N), any float dtype. table (rows, N), base (B,) int32 as in `adaln`. out may be the residual itself.
     Raises InvalidInput for anything that does not fit.
     """
-    _check(x, weight, bias, weight_scale)
-    shape = (*x.shape[:2], weight.shape[0])
+    shape = _check(x, weight, bias, weight_scale, out, residual.dtype)
     check_tensor("residual", residual, 3)
     check_shape("residual", residual, shape)
-    if table is not None:
-        check_tensor("table", table, 2)
-        check(table.shape[1] == shape[2], f"table has width {table.shape[1]}, the result has {shape[2]}")
-        check(0 <= gate < table.shape[0], f"gate={gate} must lie in 0..{table.shape[0] - 1}")
-    if base is not None:
-        check_tensor("base", base, 1, (torch.int32,))
-        check_shape("base", base, (shape[0],))
-    if out is None:
-        out = torch.empty(shape, dtype=residual.dtype, device=x.device)
-    check_tensor("out", out, 3, (residual.dtype,))
-    check_shape("out", out, shape)
-    check_same_device(x=x, residual=residual, table=table, base=base, out=out)
-    key = (x.dtype, x.shape, weight.shape, "residual", bias is None, residual.dtype)
+    check_rows(table, base, [] if table is None else [gate], shape[0], shape[2])
+    check_same_device(x=x, residual=residual, table=table, base=base)
 
-    def ways(target: Tensor) -> dict[str, Callable[[], object]]:
-        fused = partial(
-            _launch, x, weight, bias, weight_scale, table, base, residual, target, gate, "none", x_scale, 1.0
-        )
-        plain = partial(_residual_torch, x, weight, bias, residual, table, gate, base, x_scale, weight_scale, target)
-        return {"triton": fused, "torch": plain}
+    def fused(out: Tensor | None) -> Tensor:
+        scales = {"x_scale": x_scale, "weight_scale": weight_scale}
+        rows = {"table": table, "base": base, "gate": gate}
+        return _launch(x, weight, bias, out, shape, residual.dtype, residual=residual, **rows, **scales)
 
-    # measured on a scratch result: in place, every run would add once more
-    ways(out)[_pick(backend, x, key, lambda: ways(torch.empty_like(out)))]()
-    return out
+    def plain(out: Tensor | None) -> Tensor:
+        z = _product(x, weight, bias, x_scale, weight_scale).to(residual.dtype)
+        if table is None:
+            return torch.add(residual, z, out=out)
+        return torch.addcmul(residual, _gate(table, base, gate, z.dtype), z, out=out)
+
+    return _run(fused, plain, x, weight, out, backend, ("residual", table is None, bias is None, residual.dtype))
 
 
-def _pick(backend: str, x: Tensor, key: tuple[object, ...], ways: Callable[[], dict[str, Callable[[], object]]]) -> str:
+def _run(
+    fused: Callable[[Tensor | None], Tensor], plain: Callable[[Tensor | None], Tensor], x: Tensor, weight: Tensor,
+    out: Tensor | None, backend: str, key: tuple[object, ...],
+) -> Tensor:  # fmt: skip
+    """Of two ways to fill `out` (None: a new tensor) the one that `backend` names or that is the faster on x's GPU."""
     if not runtime.use_triton(x, backend):
-        return "torch"
-    return choice.fastest((x.device, *key), ways, "triton") if backend == "auto" and x.is_cuda else "triton"
+        return plain(out)
+    if backend != "auto" or not x.is_cuda:
+        return fused(out)
+
+    def ways() -> dict[str, Callable[[], Tensor]]:
+        scratch = None if out is None else torch.empty_like(out)  # in place, every run would add once more
+        return {"triton": partial(fused, scratch), "torch": partial(plain, scratch)}
+
+    key = (x.dtype, x.shape, x.stride(), weight.shape, out is None, *key)
+    return {"triton": fused, "torch": plain}[choice.fastest(x.device, key, ways, "triton")](out)
 
 
 #: BLOCK_M, BLOCK_N, BLOCK_K in bytes, warps, and how much of the matrix units' rate such a tile reaches, largest first
@@ -328,9 +324,15 @@ def tile(rows: int, columns: int, batches: int, x: Tensor, swiglu: bool) -> tupl
     return m, n, k_bytes // x.dtype.itemsize, warps, stages
 
 
-def _launch(x, weight, bias, weight_scale, table, base, residual, out, gate, activation, x_scale, out_scale):  # type: ignore[no-untyped-def]
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, *,
+    activation: str = "none", x_scale: float = 1.0, weight_scale: Tensor | None = None, out_scale: float = 1.0,
+    residual: Tensor | None = None, table: Tensor | None = None, base: Tensor | None = None, gate: int = 0,
+) -> Tensor:  # fmt: skip
+    runtime.check_fp8(x, x.dtype, dtype)
+    result = torch.empty(shape, dtype=dtype, device=x.device) if out is None else out
     batches, tokens, depth = x.shape
-    columns = out.shape[-1]
+    columns, out = shape[2], result
     if residual is None and batches > 1 and x.is_contiguous() and out.is_contiguous():
         # one tall product fills tiles better
         x, out = x.view(1, -1, depth), out.view(1, -1, columns)
@@ -341,15 +343,19 @@ def _launch(x, weight, bias, weight_scale, table, base, residual, out, gate, act
         gemm_kernel, (programs, 1, batches),
         x, weight, bias, weight_scale, table, base, residual, out,
         tokens, columns, depth, float(x_scale), 1.0 / out_scale, gate, table.stride(0) if table is not None else 0,
-        *x.stride()[:2], weight.stride(0), *(residual.stride()[:2] if residual is not None else (0, 0)),
-        *out.stride()[:2],
+        *strides(x), weight.stride(0), *strides(residual), *strides(out),
         num_warps=warps, num_stages=stages,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, EVEN_K=depth % block_k == 0,
-        ACTIVATION=activation, LIMIT=runtime.fp8_limit(out.dtype),
+        ACTIVATION=activation, LIMIT=runtime.fp8_limit(dtype),
     )  # fmt: skip
+    return result
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, weight_scale: Tensor | None) -> None:
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, weight_scale: Tensor | None, out: Tensor | None,
+    dtype: torch.dtype, swiglu: bool = False,
+) -> tuple[int, ...]:  # fmt: skip
+    """The shape of the result, (B, T, N)."""
     check_tensor("x", x, 3, FLOATS + FP8)
     check_tensor("weight", weight, 2, (x.dtype,))
     columns, depth = weight.shape
@@ -360,7 +366,13 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, weight_scale: Tensor 
     if weight_scale is not None:
         check_tensor("weight_scale", weight_scale, 1, (torch.float32,))
         check_shape("weight_scale", weight_scale, (columns,))
-    check_same_device(x=x, weight=weight, bias=bias, weight_scale=weight_scale)
+    if swiglu:
+        check(columns % 2 == 0, f"swiglu needs an even number of weight rows, values and gates, not {columns}")
+        columns //= 2
+    shape = (*x.shape[:2], columns)
+    check_out("out", out, shape, dtype)
+    check_same_device(x=x, weight=weight, bias=bias, weight_scale=weight_scale, out=out)
+    return shape
 
 
 def shipped(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -7,10 +7,8 @@ add.
     y[n]    = sum_t w[n - t hop] x_t[n - t hop] / sum_t w[n - t hop]^2                          (Griffin & Lim 1984)
 
 Two kernels around the FFT of the platform (cuFFT, MKL), which needs no help. Each output sample gathers the few
-frames that reach it, so nothing is added atomically and the sum has one order. Arithmetic is fp32.
-
-Who writes what: spectrum program i writes elements i*BLOCK ... of the flattened spectrum, real and imaginary part each;
-overlap-add program (i, b) writes samples i*BLOCK ... of clip b.
+frames that reach it, so nothing is added atomically and the sum has one order. Arithmetic is fp32. The first and the
+last bin of a real signal are real; MKL ignores an imaginary part there, cuFFT at some sizes does not, so it is made 0.
 """
 
 from __future__ import annotations
@@ -35,16 +33,20 @@ SILENT = 1e-11  # below it no window reaches a sample, as in torch.istft
 def spectrum_kernel(
     head_ptr, out_ptr, count, bins, head_row, limit, BLOCK: tl.constexpr, POLAR: tl.constexpr
 ):  # fmt: skip
-    """One program: BLOCK bins of the flattened (frames, bins), written as (real, imaginary) pairs."""
+    """Who writes what: program i writes bins i*BLOCK ... of the flattened (frames, bins) in out_ptr, real and imaginary
+    part each.
+    """
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = element < count
-    at = head_ptr + element // bins * head_row + element % bins
+    bin = element % bins
+    at = head_ptr + element // bins * head_row + bin
     first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(at + bins, mask=inside, other=0.0).to(tl.float32)
     if POLAR:
         magnitude = tl.minimum(tl.exp(first), limit)
         sine, cosine = sin_cos(second)
         first, second = magnitude * cosine, magnitude * sine
+    second = tl.where((bin == 0) | (bin == bins - 1), 0.0, second)
     tl.store(out_ptr + 2 * element, first, mask=inside)
     tl.store(out_ptr + 2 * element + 1, second, mask=inside)
 
@@ -54,7 +56,10 @@ def overlap_add_kernel(
     frames_ptr, window_ptr, out_ptr, frames, length, trim, hop, frames_batch, frames_row, out_batch,
     SIZE: tl.constexpr, OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK samples of one clip; OVERLAP = ceil(SIZE / hop) frames can reach a sample."""
+    """Who writes what: program (i, b) writes samples i*BLOCK ... of clip b in out_ptr.
+
+    OVERLAP = ceil(SIZE / hop) frames can reach a sample.
+    """
     batch = tl.program_id(1).to(tl.int64)
     sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     position = sample + trim
@@ -75,7 +80,9 @@ def overlap_add_kernel(
 def spectrum_reference(head: Tensor, kind: str = "polar", limit: float = 100.0) -> Tensor:
     """`spectrum` in plain torch: fp32, or fp64 where the head is."""
     first, second = head.to(torch.promote_types(head.dtype, torch.float32)).chunk(2, -1)
-    return torch.polar(first.exp().clamp(max=limit), second) if kind == "polar" else torch.complex(first, second)
+    result = torch.polar(first.exp().clamp(max=limit), second) if kind == "polar" else torch.complex(first, second)
+    result.imag[..., [0, -1]] = 0
+    return result
 
 
 def overlap_add_reference(frames: Tensor, window: Tensor, hop: int, padding: str = "center") -> Tensor:
@@ -99,7 +106,9 @@ def _span(count: int, size: int, hop: int, padding: str) -> tuple[int, int]:
 
 
 def spectrum(head: Tensor, *, kind: str = "polar", limit: float = 100.0, backend: str = "auto") -> Tensor:
-    """(B, T, bins) complex64 from the head (B, T, 2 * bins), fp32, fp16 or bf16; limit: the largest magnitude.
+    """(B, T, bins) complex64 from the head (B, T, 2 * bins), fp32, fp16 or bf16; its first and last bin are real.
+
+    limit: the largest magnitude. Phases must stay below 6000 in magnitude; beyond, an fp32 phase means little.
 
     Raises InvalidInput for shapes, dtypes or names that do not fit.
     """

@@ -5,8 +5,6 @@
 ties to even, NaN taken for silence, d triangular in (-1, 1) (Lipshitz, Wannamaker & Vanderkooy 1992): element i of a
 clip's interleaved output takes word w of its Philox stream, d = ((w mod 2^16) - (w div 2^16)) / 2^16. To the bit what
 presto_rt.pcm.to_pcm gives for the same seed.
-
-Who writes what: program (i, b) writes elements i*BLOCK ... of clip b's interleaved output.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ def pcm_kernel(
     samples_ptr, seed_ptr, out_ptr, channels, frames, samples_batch, samples_channel,
     BLOCK: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK interleaved elements of one clip."""
+    """Who writes what: program (i, b) writes elements i*BLOCK ... of clip b, interleaved, in out_ptr."""
     batch = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     element = start + tl.arange(0, BLOCK)

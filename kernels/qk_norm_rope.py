@@ -1,15 +1,13 @@
 """Normalisation of queries and keys, rotary positions, and the layout that attention wants, in one pass over packed
 QKV.
 
-    n(u)   = u / sqrt(mean u^2 + eps) * weight                  norm="rms"; "layer" takes the mean off first; "none":
-    n(u) = u y[a_i] = n[a_i] cos(t f_i) - n[b_i] sin(t f_i)              (Su et al. 2021, "RoFormer"; QK-norm: Henry
-    et al. 2020) y[b_i] = n[b_i] cos(t f_i) + n[a_i] sin(t f_i)              f_i = theta^(-2i / rotary_dims)
+    n(u)   = u / sqrt(mean u^2 + eps) * weight          norm="rms"; "layer" takes the mean off first; "none": u * weight
+    y[a_i] = n[a_i] cos(t f_i) - n[b_i] sin(t f_i)      (Su et al. 2021, "RoFormer"; QK-norm: Henry et al. 2020)
+    y[b_i] = n[b_i] cos(t f_i) + n[a_i] sin(t f_i)      f_i = theta^(-2i / rotary_dims)
 
 over the first `rotary_dims` of each head; the rest passes through. pairs="halves": (a_i, b_i) = (i, i + rotary_dims/2);
 "interleaved": (2i, 2i + 1). Angles are made in fp64 on the host and stored as fp32 cos and sin: bf16 positions drift
 over long clips. Values need no change, so V is a view of the input: it is not moved.
-
-Who writes what: program (i, h, b) writes tokens i*BLOCK_T ... of head h of batch element b, in q_out and in k_out.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import runtime
-from .runtime import check, check_same_device, check_shape, check_tensor, jit, tl
+from .runtime import check, check_out, check_same_device, check_shape, check_tensor, jit, strides, tl
 
 NORMS = ("rms", "layer", "none")
 PAIRS = ("halves", "interleaved")
@@ -44,7 +42,9 @@ def qk_norm_rope_kernel(
     DIM: tl.constexpr, PAIRS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
     STEP: tl.constexpr, GAP: tl.constexpr, NORMED: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_T tokens of one head, queries then keys."""
+    """Who writes what: program (i, h, b) writes tokens i*BLOCK_T ... of head h of batch element b, in q_ptr and then in
+    k_ptr.
+    """
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None].to(tl.int64)
     pair = tl.arange(0, BLOCK_P)[None, :]
@@ -154,29 +154,26 @@ def qk_norm_rope(
         if weight is not None:
             check_tensor(name, weight, 1)
             check_shape(name, weight, (dim,))
-    for name, out in (("q_out", q_out), ("k_out", k_out)):
-        if out is not None:
-            check_tensor(name, out, 4, (qkv.dtype,))
-            check_shape(name, out, (batch, heads, tokens, dim))
+    shape = (batch, heads, tokens, dim)
+    check_out("q_out", q_out, shape, qkv.dtype)
+    check_out("k_out", k_out, shape, qkv.dtype)
     check_same_device(qkv=qkv, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight, q_out=q_out, k_out=k_out)
     if not runtime.use_triton(qkv, backend):
         q, k, v = qk_norm_rope_reference(
             qkv, heads, cos, sin, q_weight=q_weight, k_weight=k_weight, norm=norm, pairs=pairs, eps=eps
         )
-        return q if q_out is None else q_out.copy_(q), k if k_out is None else k_out.copy_(k), v
-    q, k = (
-        out if out is not None else torch.empty(batch, heads, tokens, dim, dtype=qkv.dtype, device=qkv.device)
-        for out in (q_out, k_out)
-    )
+        return runtime.filled(q_out, q), runtime.filled(k_out, k), v
+    q = torch.empty(shape, dtype=qkv.dtype, device=qkv.device) if q_out is None else q_out
+    k = torch.empty(shape, dtype=qkv.dtype, device=qkv.device) if k_out is None else k_out
     split = qkv.unflatten(-1, (3, heads, dim))
     block_t = max(1, min(64, 1024 // runtime.next_power_of_2(dim)))
+    block_r = runtime.next_power_of_2(max(1, dim - 2 * half))
     runtime.launch(
         qk_norm_rope_kernel, (runtime.ceil_div(tokens, block_t), heads, batch),
         split, q, k, cos, sin, q_weight, k_weight,
-        tokens, *split.stride()[:4], *q.stride()[:3], *k.stride()[:3], cos.stride(0), eps,
-        DIM=dim, PAIRS=half, BLOCK_P=runtime.next_power_of_2(half), BLOCK_R=runtime.next_power_of_2(max(1, dim - 2 *
-        half)),
-        BLOCK_T=block_t, STEP=1 if pairs == "halves" else 2, GAP=half if pairs == "halves" else 1,
+        tokens, *strides(split), *strides(q), *strides(k), cos.stride(0), eps,
+        DIM=dim, PAIRS=half, BLOCK_P=runtime.next_power_of_2(half), BLOCK_R=block_r, BLOCK_T=block_t,
+        STEP=1 if pairs == "halves" else 2, GAP=half if pairs == "halves" else 1,
         NORMED=norm != "none", CENTRED=norm == "layer",
     )  # fmt: skip
     return q, k, split[:, :, 2].transpose(1, 2)

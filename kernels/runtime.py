@@ -82,6 +82,12 @@ def fp8_limit(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).max) if dtype.is_floating_point and dtype.itemsize == 1 else 0.0
 
 
+def narrow(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """y in `dtype`, saturated where that is fp8: what the kernels' last lines do, in plain torch."""
+    limit = fp8_limit(dtype)
+    return (y.clamp(-limit, limit) if limit else y).to(dtype)
+
+
 # ---- launching -----------------------------------------------------------------------------------------------------
 
 
@@ -158,33 +164,33 @@ def capability(tensor: Tensor) -> int:
     return _capability(tensor.device.index) if tensor.is_cuda else 90
 
 
-@functools.lru_cache(maxsize=1)
-def _say_without_triton() -> None:
-    log.warning("Triton is not installed: fused kernels run as plain torch, slower (pip install triton)")
+@functools.cache
+def _say_plain(why: str, level: int) -> None:
+    """Once per reason."""
+    log.log(level, "fused kernels run as plain torch, slower: %s", why)
 
 
 def use_triton(tensor: Tensor, backend: str = "auto") -> bool:
     """Whether an operator runs its Triton kernel on `tensor` (True) or its plain torch reference (False).
 
     backend: "auto" (Triton on CUDA tensors, under the interpreter and while recording), "triton" or "torch".
-    Raises InvalidInput for another name, BackendUnavailable when "triton" cannot run on this tensor.
+    Raises InvalidInput for another name, BackendUnavailable when "triton" cannot run on this tensor; what "auto" gives
+    up it logs, one line for each reason.
     """
     if backend not in ("auto", "triton", "torch"):
         raise InvalidInput(f"backend={backend!r} is unknown; use 'auto', 'triton' or 'torch'")
     if backend == "torch":
         return False
+    if triton is not None and (tensor.is_cuda or interpreting or _recorder is not None):
+        return True
     if triton is None:
-        if backend == "triton":
-            raise BackendUnavailable("backend='triton' needs Triton: pip install triton, or use backend='torch'")
-        if tensor.is_cuda:
-            _say_without_triton()
-        return False
-    can = tensor.is_cuda or interpreting or _recorder is not None
-    if backend == "triton" and not can:
-        raise BackendUnavailable(
-            f"backend='triton' cannot run on a {tensor.device.type} tensor; move it to a GPU or use backend='torch'"
-        )
-    return can
+        why, remedy = "Triton is not installed", "pip install triton"
+    else:
+        why, remedy = f"Triton needs a GPU, not a {tensor.device.type} tensor", "move it to a GPU"
+    if backend == "triton":
+        raise BackendUnavailable(f"backend='triton' cannot run: {why}; {remedy} or use backend='torch'")
+    _say_plain(f"{why} ({remedy})", logging.WARNING if tensor.is_cuda else logging.INFO)
+    return False
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
@@ -222,6 +228,39 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     check(tuple(tensor.shape) == tuple(shape), f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
 
 
+def check_fp8(tensor: Tensor, *dtypes: torch.dtype) -> None:
+    """Raise BackendUnavailable where one of `dtypes` is fp8 and the GPU of `tensor` is older than fp8."""
+    if any(fp8_limit(dtype) for dtype in dtypes) and capability(tensor) < 89:
+        raise BackendUnavailable(f"fp8 kernels need compute capability 8.9, this GPU has {capability(tensor) / 10}")
+
+
+def check_rows(table: Tensor | None, base: Tensor | None, rows: list[int], batch: int, width: int) -> None:
+    """Raise InvalidInput unless `table` (rows, width) has those rows and `base` is (batch,) int32; either may be None.
+
+    What `base` adds on the device is not known here: base + row must lie in the table.
+    """
+    check(table is not None or not rows, "gate, shift and scale are rows of a table; pass the table")
+    if table is not None:
+        check_tensor("table", table, 2)
+        check(table.shape[1] == width, f"table has width {table.shape[1]}, the rows it modulates have {width}")
+        check(all(0 <= row < table.shape[0] for row in rows), f"row offsets {rows} must lie in 0..{table.shape[0] - 1}")
+    if base is not None:
+        check_tensor("base", base, 1, (torch.int32,))
+        check_shape("base", base, (batch,))
+
+
+def check_out(name: str, out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise InvalidInput unless `out` is None or can take a result of that shape and dtype."""
+    if out is not None:
+        check_tensor(name, out, len(shape), (dtype,))
+        check_shape(name, out, shape)
+
+
+def filled(out: Tensor | None, result: Tensor) -> Tensor:
+    """`result`, or `out` with the result in it: how the plain paths end."""
+    return result if out is None else out.copy_(result)
+
+
 def check_same_device(**tensors: Tensor | None) -> None:
     """Raise InvalidInput unless all given tensors (None apart) are on one device."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
@@ -229,6 +268,11 @@ def check_same_device(**tensors: Tensor | None) -> None:
         len(set(devices.values())) <= 1,
         "tensors are on several devices: " + ", ".join(f"{n} on {d}" for n, d in devices.items()),
     )
+
+
+def strides(tensor: Tensor | None) -> tuple[int, ...]:
+    """All strides but the last, which kernels take for 1; None stands for a (batch, token, channel) tensor: zeros."""
+    return tuple(tensor.stride()[:-1]) if tensor is not None else (0, 0)
 
 
 def next_power_of_2(number: int) -> int:

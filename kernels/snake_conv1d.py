@@ -1,15 +1,12 @@
 """One-dimensional convolution with the Snake activation on its way in and the residual on its way out.
 
-    s    = x + sin^2(alpha x) / (beta + 1e-9)                       Snake (Ziyin et al. 2020; beta = alpha there), by
-    channel y[t] = sum_k W_k s[t + k dilation - padding] + bias (+ residual)
+    s    = x + sin^2(alpha x) / (beta + 1e-9)          by channel; Snake (Ziyin et al. 2020; beta = alpha there)
+    y[t] = sum_k W_k s[t + k dilation - padding] + bias (+ residual)
 
 An implicit matrix product over time: for each tap, a block of weights (C_out, C_in) times a block of samples (C_in,
 T), which pass through Snake between load and product. An unfused Snake at audio rate moves more bytes than the
 convolution itself. Sums and Snake are fp32, products run in the inputs' dtype. `conv_transpose1d` is the same kernel
 with several output phases.
-
-Who writes what: program (i, j, b) writes outputs of times i*BLOCK_Q ... (times the stride) and rows j*BLOCK_M ... of
-clip b.
 """
 
 from __future__ import annotations
@@ -33,8 +30,8 @@ def conv_kernel(
     x_batch, x_channel, residual_batch, residual_channel, out_batch, out_channel,
     BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, PHASES: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M weight rows (channel, phase) by BLOCK_Q input times q; phase r of time q is sample
-    q*stride + r.
+    """Who writes what: program (i, j, b) writes channels j*BLOCK_M/PHASES ... of clip b in out_ptr, all phases 0 ...
+    stride - 1 of the input times q = i*BLOCK_Q ... ; phase r of time q is sample q*stride + r - crop.
     """
     batch = tl.program_id(2).to(tl.int64)
     q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)

@@ -70,9 +70,10 @@ def counted_writes() -> Iterator[Counter[int]]:
 
 
 def assert_written_once(call: Callable[[], Any], *outputs: Tensor) -> None:
-    """`call` writes every element of `outputs` exactly once, and nothing else."""
+    """`call` writes every element of `outputs` (of its result where none are given) exactly once, and nothing else."""
     with counted_writes() as counts:
-        call()
+        result = call()
+    outputs = outputs or (result,)
     expected: set[int] = set()
     for out in outputs:
         offsets = torch.zeros((), dtype=torch.int64)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_testing import DTYPES, assert_no_worse, assert_written_once, interpreted_only, poisoned, strided
+from kernel_testing import DTYPES, assert_no_worse, poisoned, strided
 from presto_rt.kernels import adaln
 
 from presto_rt.errors import InvalidInput
@@ -104,17 +104,6 @@ def test_fp8_output_is_the_rounded_fp32_output(device):
     assert (apart > 0).float().mean() < 0.01
 
 
-@interpreted_only
-def test_every_element_is_written_once():
-    shape = (2, 5, 96)
-    residual, branch, table = torch.randn(shape), torch.randn(shape), torch.randn(3, 96)
-    r, y = strided(torch.zeros(shape)), torch.empty(shape)
-    call = lambda: adaln.gate_residual_norm_modulate(  # noqa: E731
-        residual, branch, table, gate=0, shift=1, scale=2, residual_out=r, out=y, backend="triton"
-    )
-    assert_written_once(call, r, y)
-
-
 @settings(max_examples=15, deadline=None)
 @given(
     batch=st.integers(1, 3),
@@ -146,7 +135,7 @@ def test_any_shape(batch, tokens, width, norm, gated):
         ({"x": torch.randn(1, 0, 8)}, "x is empty"),
         ({"x": torch.randn(1, 4, 8, dtype=torch.float64)}, "dtype float64"),
         ({"x": torch.randn(1, 8, 4).transpose(1, 2)}, "not contiguous"),
-        ({"table": torch.randn(6, 4)}, "table has width 4, x has 8"),
+        ({"table": torch.randn(6, 4)}, "table has width 4, the rows it modulates have 8"),
         ({"scale": 6}, "must lie in 0..5"),
         ({"scale": None}, "shift and scale go together"),
         ({"table": None}, "pass the table"),

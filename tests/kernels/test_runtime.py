@@ -5,9 +5,12 @@ by measuring.
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +19,16 @@ from presto_rt.kernels import adaln, runtime
 from presto_rt.kernels.choice import Choice
 from presto_rt.kernels.runtime import INTERPRET, dot, jit, tl  # noqa: F401  (kernels below see them as globals)
 
-from presto_rt import kernels
-from presto_rt.errors import BackendUnavailable, InvalidInput
+from presto_rt import kernels, native
+from presto_rt.errors import BackendUnavailable, InvalidInput, MissingDependency
+
+ROOT = Path(__file__).parents[2]
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+def python(code: str, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+    command = [sys.executable, *flags, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 def test_import_alone_loads_neither_triton_nor_torch():
@@ -30,32 +36,74 @@ def test_import_alone_loads_neither_triton_nor_torch():
     assert done.stdout.split() == ["False", "False"], done.stderr
 
 
-def test_without_triton_and_native_everything_imports_and_runs():
-    done = python("""
-import sys
-sys.modules["triton"] = None          # as if not installed
-sys.modules["presto_rt._C"] = None
+USE_EVERYTHING = """
+import importlib.util, json, logging, sys
+lines = []
+logging.basicConfig(level="INFO", format="%(name)s %(message)s", stream=sys.stderr)
+logging.getLogger("presto_rt").handle = lambda record: lines.append(record.getMessage())
+logging.getLogger("presto_rt.kernels").handle = lambda record: lines.append(record.getMessage())
 import torch
-from presto_rt import kernels
-from presto_rt.errors import BackendUnavailable
+from presto_rt import kernels, native
 for name in kernels.__all__:
     getattr(kernels, name)
-y = kernels.adaln.norm_modulate(torch.randn(1, 3, 8))
-assert abs(float(y.mean())) < 1e-6
-assert kernels.attention.attention(*torch.randn(3, 1, 1, 4, 16)).shape == (1, 1, 4, 16)
-assert kernels.edm_step.normal(kernels.edm_step.seeds_tensor([1]), (5,)).shape == (1, 5)
-assert torch.ops.presto_rt.pcm(torch.zeros(1, 2, 3)).shape == (1, 3, 2)
+errors = []
+for _ in range(2):  # the second time says nothing
+    y = kernels.adaln.norm_modulate(torch.randn(1, 3, 8))
+    assert abs(float(y.mean())) < 1e-6
+    assert kernels.attention.attention(*torch.randn(3, 1, 1, 4, 16)).shape == (1, 1, 4, 16)
+    assert kernels.edm_step.normal(kernels.edm_step.seeds_tensor([1]), (5,)).shape == (1, 5)
+    assert torch.ops.presto_rt.pcm(torch.zeros(1, 2, 3)).shape == (1, 3, 2)
 try:
     kernels.adaln.norm_modulate(torch.randn(1, 3, 8), backend="triton")
-except BackendUnavailable as error:
-    print("refused:", error)
-try:
-    kernels.report.main(["adaln"])
-except ImportError as error:
-    print("refused:", error)
-""")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("pip install triton") == 2
+except kernels.adaln.runtime.BackendUnavailable as error:
+    errors.append(str(error))
+found = {name: importlib.util.find_spec(name) is not None for name in ("triton", "presto_rt._C")}
+print(json.dumps({"lines": lines, "errors": errors, "found": found, "gpu": torch.cuda.is_available()}))
+"""
+
+
+def clone(folder: Path, removed: tuple[str, ...]) -> str:
+    """Python code that puts a bare clone of the package and all installed packages but `removed` on the path."""
+    ignore = shutil.ignore_patterns("weights", "__pycache__", *(("_C.*",) if "_C" in removed else ()))
+    for package in ("presto_rt", "kernels"):
+        shutil.copytree(ROOT / package, folder / "clone" / package, ignore=ignore)
+    site = folder / "site"
+    site.mkdir()
+    for installed in (Path(path) for path in sys.path if path.endswith("-packages")):
+        for entry in installed.iterdir():
+            if not (site / entry.name).exists() and not entry.name.lower().startswith(
+                ("presto", "__editable", *removed)
+            ):
+                (site / entry.name).symlink_to(entry)
+    return f"import sys; sys.path[:0] = [{str(folder / 'clone')!r}, {str(site)!r}]\n"
+
+
+@pytest.mark.parametrize("removed", [(), ("triton", "_C")])
+def test_each_missing_part_costs_one_log_line(tmp_path, removed):
+    """No GPU, no Triton, no compiled module, nothing installed: files that are not there, not modules that are hidden.
+
+    `-S` leaves out site-packages, and with it Triton and the installed package itself.
+    """
+    code = clone(tmp_path, removed) + USE_EVERYTHING
+    done = python(code, "-I", "-S", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)
+    has_triton, has_native = "triton" not in removed, "_C" not in removed and native.lib is not None
+    assert told["found"] == {"triton": has_triton, "presto_rt._C": has_native}
+    assert told["gpu"] is False
+    reasons = ["Triton needs a GPU" if has_triton else "Triton is not installed"]
+    reasons += [] if has_native else ["C++ operators are not used"]
+    assert len(told["lines"]) == len(reasons), told["lines"]
+    for reason in reasons:
+        assert any(reason in line for line in told["lines"]), told["lines"]
+    (error,) = told["errors"]
+    assert ("move it to a GPU" if has_triton else "pip install triton") in error
+
+
+def test_the_report_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(runtime, "triton", None)
+    with pytest.raises(MissingDependency, match="pip install triton"):
+        kernels.report.main(["adaln"])
 
 
 def test_unknown_names():
@@ -65,9 +113,8 @@ def test_unknown_names():
 
 
 @pytest.mark.parametrize("name", kernels.OPERATORS)
-def test_every_operator_says_who_writes_what_and_has_its_parts(name):
+def test_every_operator_has_its_parts(name):
     module = importlib.import_module(f"presto_rt.kernels.{name}")
-    assert "Who writes what:" in module.__doc__
     public = getattr(module, name, None) or module.norm_modulate if name != "gemm" else module.linear
     assert "Raises InvalidInput" in public.__doc__
     assert any(part.endswith("_reference") for part in dir(module))
