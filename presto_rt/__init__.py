@@ -9,6 +9,7 @@ Importing this costs nothing: torch is loaded when the first name is used.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Audio", "Pipeline", "generate", "load"]
+
+# In a clone that was not installed, presto_rt.kernels lies beside this folder and not in it.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 _loaded: dict[str, Pipeline] = {}
 
