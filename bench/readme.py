@@ -1,4 +1,4 @@
-"""Write the README's measured tables from the JSON files in bench/results: `python bench/readme.py`."""
+"""Write the measured tables of the README and the model card from bench/results: `python bench/readme.py`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import e2e
+import quality
 from results import RESULTS, replace_section
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+CARD = ROOT / "presto_rt" / "weights" / "nano" / "README.md"
 
 
 def main() -> None:
@@ -19,9 +22,9 @@ def main() -> None:
                 f"{rows[0]['steps']} steps of {rows[0]['sampler']}, guidance {rows[0]['guidance']:g}).")  # fmt: skip
         replace_section(README, "e2e", f"{note}\n\n{e2e.render(rows)}")
     if (data := _read("quality-nano")) is not None:
-        from presto_rt.evaluation.report import markdown
-
-        replace_section(README, "quality", markdown(data).strip())
+        replace_section(README, "quality", quality.render(data))
+        replace_section(CARD, "quality", quality.render(data))
+        replace_section(CARD, "denoising", quality.denoising(data))
     if (data := _read("codec")) is not None:
         replace_section(README, "codec", codec_table(data))
 

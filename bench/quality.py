@@ -1,0 +1,87 @@
+"""How good is what the model makes? `python bench/quality.py [--model nano] [--count 200]`
+
+Adherence to held-out captions, distances from real music with their controls, and the denoising error beside the best
+linear denoiser's, as `presto-rt eval` measures them. Needs the data set of `presto-rt data build` with its latents.
+Writes bench/results/quality-NAME.json; clips are kept in runs/quality-NAME, so that a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from results import RESULTS, machine, table
+
+from presto_rt.evaluation.denoising import model_errors
+from presto_rt.evaluation.report import markdown
+from presto_rt.evaluation.run import evaluate_model
+from presto_rt.pipeline import load
+
+ROWS = {
+    "real, held out": "real music",
+    "codec reconstruction": "real music through the codec",
+    "generated": "**generated**",
+    "generated, captions shuffled": "generated, against other captions",
+    "shaped noise": "noise of the same spectrum",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="nano", help="a shipped model, or a folder of one")
+    parser.add_argument("--data", default="data")
+    parser.add_argument("--count", type=int, default=200, help="held-out captions")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each clip")
+    a = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    model, name = load(a.model), Path(a.model).name
+    plan = model.plan(a.seconds)
+    result = evaluate_model(model, a.data, a.count, a.seconds, Path("runs") / f"quality-{name}")
+    result["denoising"] = [asdict(row) for row in model_errors(model, a.data)]
+    result["plan"] = {"steps": len(plan.levels) - 1, "sampler": plan.sampler, "guidance": plan.guidance.scale}
+    result["machine"] = machine()
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"quality-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(markdown(result), denoising(result), sep="\n")
+
+
+def render(result: dict[str, Any]) -> str:
+    """The short table: agreement with the captions and distance from real music, 95 % intervals in parentheses."""
+    sets = {**result["sets"], **{f"{k}, captions shuffled": v["shuffled"] for k, v in result["sets"].items()}}
+    rows = []
+    for name, title in ROWS.items():
+        m = sets[name]
+        distances = ["as above", "as above"]
+        if "prdc" in m:
+            distances = [_cell(m["mmd"], 1000, 1), f"{m['prdc']['recall']:.2f}" if m["prdc"] else "-"]
+        rows.append([title, _cell(m["instruments"]["mean"], 1, 2), _cell(m["tempo"], 100, 0),
+                     _cell(m["key"]["exact"], 100, 0), *distances])  # fmt: skip
+    header = ["", "instruments, AUC", "tempo, %", "key, %", "MMD x1000", "recall"]
+    plan, count = result["plan"], result["sets"]["generated"]["clips"]
+    note = (f"{count} held-out captions, clips of {result['settings']['seconds']:g} s, {plan['steps']} steps of "
+            f"{plan['sampler']}, guidance {plan['guidance']:g}; 95 % intervals in parentheses.")  # fmt: skip
+    return f"{note}\n\n{table(header, rows)}"
+
+
+def denoising(result: dict[str, Any]) -> str:
+    """Denoising error / sigma_data^2 on the test split by sigma / sigma_data, beside the best linear denoiser's."""
+    rows = result["denoising"]
+    header = ["sigma / sigma_data", *(f"{r['sigma']:g}" for r in rows)]
+    lines = [[title, *(f"{r[key]['value']:.3g}" for r in rows)]
+             for title, key in (("best linear (Wiener)", "linear"), ("model", "model"))]  # fmt: skip
+    return table(header, lines)
+
+
+def _cell(estimate: dict[str, Any] | None, scale: float, digits: int) -> str:
+    if estimate is None or estimate["value"] is None:
+        return "-"
+    value, low, high = (f"{scale * estimate[k]:.{digits}f}" for k in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+if __name__ == "__main__":
+    main()
