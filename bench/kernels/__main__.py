@@ -1,128 +1,246 @@
 """The kernels' speed: ours, eager torch, torch.compile and the peers, one table and one JSON file.
 
-    python -m bench.kernels [--gpu] [--operators adaln gemm ...] [--compile] [--untested]
+    python -m bench.kernels [--gpu] [--minutes 7] [--operators adaln gemm ...] [--compile] [--untested]
 
 Without --gpu: the CPU rows (what runs where there is no GPU: plain torch) at the shapes of nano, and a word on what
-needs a GPU. With --gpu: the Triton kernels at the shapes of small and medium; on a machine without one it dry-runs:
-inputs, references, every eager peer at a small shape and the ahead-of-time compile of every kernel, so that only the
-timing itself is left.
+needs a GPU. With --gpu: the GPU tests, then the Triton kernels at the shapes of small and medium, torch.compile last;
+on a machine without a GPU it dry-runs: the compile of every kernel, the collection of the tests and every step of the
+run at a tiny shape, so that only the timing itself is left.
+
+Tests and operators run in processes of their own, each with a time limit: one that fails, hangs or breaks the GPU's
+context costs its own rows. The JSON file is written after every operator. Nothing needs to be installed but torch,
+Triton, pytest and hypothesis.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import torch
 from presto_rt.kernels import OPERATORS
 
-from bench.kernels.harness import Case, Ceiling, ceiling, copies, measure, result, tests_are_green
+from bench.kernels.harness import Ceiling, cases, presets
 from bench.results import machine, save, table
 
+ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests" / "kernels"
+TEST_FILES = {"snake_conv1d": "test_convolutions.py", "conv_transpose1d": "test_convolutions.py"}
 #: an H200 as measured: bytes/s of a copy, bf16 operations/s of a large product
 H200 = Ceiling(4.3e12, 790e12)
-
-
-def cases(operator: str, device: str, preset: str) -> list[Case]:
-    """The cases of one operator's file."""
-    return list(importlib.import_module(f"bench.kernels.{operator}").cases(device, preset))
+NOTHING = "nothing to run here"  # verdict on a file without tests for this device
+TEST_SHARE = 0.45  # of the minutes; the rest is for timing
+OPERATOR_SECONDS = 90
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description="Speed of the kernels.")
     parser.add_argument("--gpu", action="store_true", help="the GPU rows; a dry run where there is no GPU")
+    parser.add_argument("--minutes", type=float, default=7.0, help="after which nothing new starts on a GPU (7)")
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     parser.add_argument("--compile", action="store_true", help="torch.compile rows on the CPU too (slow to build)")
     parser.add_argument("--untested", action="store_true", help="skip the tests; then no speed-up is printed")
-    parser.add_argument("--floors", action="store_true", help="only print bytes, operations and floors")
+    parser.add_argument("--floors", action="store_true", help="only print floors and what is reached")
     options = parser.parse_args(arguments)
     if options.floors:
         print(floors(options.operators))
         return 0
-    # every baseline gets what torch offers
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     if options.gpu and not torch.cuda.is_available():
         return dry_run(options.operators)
     device = "cuda" if options.gpu else "cpu"
-    top = ceiling(device)
-    print(f"{machine()['device']}: copy {top.bandwidth / 1e9:.0f} GB/s, bf16 product {top.product / 1e12:.3g} TFLOP/s")
-    header = ["operator", "shape", "way", "median us", "p90 us", "GB/s", "TFLOP/s", "of floor", "x eager"]
-    rows, lines = [], []
-    for operator in options.operators:
-        green = not options.untested and tests_are_green(operator, device)
-        for case in (case for preset in presets(device) for case in cases(operator, device, preset)):
-            found = time_case(case, device, top, with_compile=options.gpu or options.compile)
-            eager = next((row["seconds"]["median"] for row in found if row["way"] == "eager"), None)
-            for row in found:
-                faster = eager / row["seconds"]["median"] if eager else None
-                verdict = (
-                    "untested" if options.untested else "tests red" if not green else f"{faster:.2f}" if faster else "-"
-                )
-                row["speedup_over_eager"] = faster if green else None
-                lines.append(line(row, verdict))
-            rows += found
-    print(table(header, lines))
+    end = time.monotonic() + (60 * options.minutes if options.gpu else 1e9)
+    tests = {} if options.untested else run_tests(options.operators, device, TEST_SHARE * (end - time.monotonic()))
+    passes = [(True, "default" if options.compile else "")]
+    if options.gpu:  # torch.compile of everything last: it takes longest
+        passes = [(True, ""), (False, "max-autotune-no-cudagraphs")]
     name = "kernels-" + "-".join(str(machine()["device"]).replace("(R)", "").replace(",", "").split())
-    print(f"written to {save(name, {'ceiling': vars(top), 'table': rows})}")
-    if device == "cpu":
-        print("Needs a GPU (--gpu): the Triton rows of every operator, SDPA's flash and cuDNN kernels, flash-attn.")
-    return 0
+    return time_all(options.operators, device, presets(device), passes, tests, end, name)
+
+
+def time_all(
+    operators: Sequence[str], device: str, sizes: Sequence[str], passes: Sequence[tuple[bool, str]],
+    tests: dict[str, str], end: float, name: str, dry: bool = False,
+) -> int:  # fmt: skip
+    """Time all operators, print the table, write bench/results/NAME.json as it grows (dry: neither). 1 if any fails.
+
+    passes: over all operators, each (their own ways?, mode of torch.compile or "").
+    """
+    job: dict[str, Any] = {"device": device, "presets": list(sizes), "seconds": 0 if dry else 0.5}
+    measured, why = collect(job | {"operator": "ceiling", "size": "dry" if dry else device}, end - time.monotonic())
+    if not measured:
+        print(f"the machine's own rates could not be measured: {why}", file=sys.stderr)
+        return 1
+    (top,) = measured
+    rates = f"copy {top['bandwidth'] / 1e9:.0f} GB/s, bf16 product {top['product'] / 1e12:.3g} TFLOP/s"
+    print("ready: the machine's own rates" if dry else f"{machine()['device']}: {rates}", flush=True)
+    rows: list[dict[str, Any]] = []
+    failures = [f"{file}: {said}" for file, said in tests.items() if not is_green(said) and said != NOTHING]
+    for own, mode in passes:
+        for operator in operators:
+            work = job | {"operator": operator, "own": own, "compile": mode, "ceiling": top}
+            limit = min(end - time.monotonic(), OPERATOR_SECONDS if device == "cuda" else 3600)
+            found, why = collect(work, limit)
+            rows += found
+            failures += [f"{operator}{'' if own else ' compiled'}: {why}"] if why else []
+            failures += [" ".join(line(row)[:4]) for row in found if "left_out" in row and row["way"] in OWN]
+            if dry:
+                ways = [row["way"] for row in found if "left_out" not in row]
+                print(f"ready: {operator}: {', '.join(dict.fromkeys(ways))}", flush=True)
+                continue
+            judge(rows, tests)
+            for row in found:
+                print("  ".join(line(row)), flush=True)
+            path = save(name, {"ceiling": top, "tests": tests, "failures": failures, "table": rows})
+    if not dry:
+        ordered = sorted(rows, key=lambda row: (row["operator"], row["shape"]))  # stable: ways stay in order
+        print(table(HEADER, [line(row) for row in ordered]), f"written to {path}", sep="\n")
+        if device == "cpu":
+            print("Needs a GPU (--gpu): the Triton rows of every operator, SDPA's flash and cuDNN kernels, flash-attn.")
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def collect(job: dict[str, Any], limit: float) -> tuple[list[dict[str, Any]], str]:
+    """(rows, what went wrong or "") of a worker that does `job` within `limit` seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows"
+        code, output = run([sys.executable, "-m", "bench.kernels.worker", str(file), json.dumps(job)], limit)
+        rows = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
+    if code == 0:
+        return rows, ""
+    last = (output.strip().splitlines() or ["it said nothing"])[-1]
+    return rows, f"no time left after {limit:.0f} s" if code is None else f"exit status {code}: {last[:300]}"
+
+
+def run(command: list[str], limit: float) -> tuple[int | None, str]:
+    """(exit status, output) of a command in the repository's root; None when it had to be stopped after `limit` s."""
+    if limit <= 0:
+        return None, ""
+    # a session of its own, so that the processes it started (compilers) stop with it
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        return None, ""
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_tests(operators: Sequence[str], device: str, limit: float) -> dict[str, str]:
+    """What pytest says at its end, by file: the operators' own on a CPU, all kernel tests on a GPU, side by side there.
+
+    No speed-up is printed for an operator whose file is not green.
+    """
+    files = sorted({test_file(operator) for operator in operators})
+    if device == "cuda":
+        files = sorted({*files, *(path.name for path in TESTS.glob("test_*.py"))})
+    end = time.monotonic() + limit
+
+    def verdict(file: str) -> str:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / file)]
+        code, output = run(command + (["-m", "gpu"] if device == "cuda" else []), end - time.monotonic())
+        if code in (None, 5):
+            return "no time left" if code is None else NOTHING
+        said = (output.strip().splitlines() or ["it said nothing"])[-1].strip("= ")
+        failed = re.findall(r"^(?:FAILED|ERROR) (.*)", output, re.MULTILINE)
+        return "; ".join([f"red: {said}", *failed])[:1000] if code else said
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2) if device == "cuda" else 1) as pool:
+        found = dict(zip(files, pool.map(verdict, files), strict=True))
+    for file, said in found.items():
+        print(f"{file}: {said}", flush=True)
+    return found
+
+
+def test_file(operator: str) -> str:
+    return TEST_FILES.get(operator, f"test_{operator}.py")
+
+
+def is_green(verdict: str) -> bool:
+    """Whether something passed and nothing failed; a file whose tests were all skipped is not green."""
+    return re.match(r"[1-9]\d* passed", verdict) is not None
+
+
+def judge(rows: list[dict[str, Any]], tests: dict[str, str]) -> None:
+    """Give each row its speed-up over the eager row of the same shape, or the reason why there is none."""
+    timed = [row for row in rows if "seconds" in row]
+    eager = {(row["operator"], row["shape"]): row["seconds"]["median"] for row in timed if row["way"] == "eager"}
+    for row in timed:
+        said, base = tests.get(test_file(row["operator"])), eager.get((row["operator"], row["shape"]))
+        row["speedup_over_eager"] = None
+        if said is None or not is_green(said):
+            row["verdict"] = "untested" if said is None else "tests red"
+        elif base is None:
+            row["verdict"] = "-"
+        else:
+            row["speedup_over_eager"] = base / row["seconds"]["median"]
+            row["verdict"] = f"{row['speedup_over_eager']:.2f}"
+
+
+OWN = ("eager", "presto")  # the ways that must run; a peer may be missing
+HEADER = ["operator", "shape", "way", "median us", "p90 us", "GB/s", "TFLOP/s", "of floor", "x eager"]
+
+
+def line(row: dict[str, Any]) -> list[str]:
+    """The cells of a row."""
+    way = row["way"] + (f" ({row['chosen']})" if "chosen" in row else "")
+    if "left_out" in row:
+        return [row["operator"], row["shape"], way, f"left out: {row['left_out']}", *["-"] * 5]
+    times = [f"{row['seconds'][key] * 1e6:.1f}" for key in ("median", "p90")]
+    rates = [f"{row['gigabytes_per_second']:.0f}", f"{row['teraflops']:.3g}", f"{row['of_floor']:.2f}"]
+    return [row["operator"], row["shape"], way, *times, *rates, row["verdict"]]
 
 
 def floors(operators: Sequence[str], top: Ceiling = H200) -> str:
-    """A table of bytes, operations and floors at small and medium, from the cases alone: nothing is run."""
+    """A table of bytes, operations and floors at small and medium, from the cases alone, and what ours reaches on each
+    GPU of which bench/results has a file.
+    """
+    reached: dict[str, dict[tuple[str, str], float]] = {}
+    for path in sorted((ROOT / "bench" / "results").glob("kernels-NVIDIA-*.json")):
+        ours = [
+            row for row in json.loads(path.read_text())["rows"]["table"] if row["way"] == "presto" and "seconds" in row
+        ]
+        gpu = path.stem.removeprefix("kernels-")
+        reached[gpu] = {(row["operator"], row["shape"]): row["seconds"]["median"] for row in ours}
     rows = []
     for operator in operators:
         for case in (case for preset in presets("cuda") for case in cases(operator, "meta", preset)):
             moved, computed = f"{case.moved / 1e6:.2f}", f"{case.operations / 1e9:.3g}"
             limit = "bytes" if case.moved / top.bandwidth > case.operations / top.product else "products"
-            rows.append([operator, case.shape, moved, computed, f"{top.floor(case) * 1e6:.2f}", limit])
+            row = [operator, case.shape, moved, computed, f"{top.floor(case) * 1e6:.2f}", limit]
+            seconds = [found.get((operator, case.shape)) for found in reached.values()] or [None]
+            rows.append([*row, *("not measured" if s is None else f"{s * 1e6:.2f}" for s in seconds)])
     rows = [row for i, row in enumerate(rows) if row not in rows[:i]]  # sizes that both presets share
-    return table(["operator", "shape", "MB moved", "GFLOP", "floor us", "set by"], rows)
-
-
-def presets(device: str) -> tuple[str, ...]:
-    """GPU rows at the sizes that need one."""
-    return ("small", "medium") if device == "cuda" else ("nano",)
-
-
-def time_case(case: Case, device: str, top, *, with_compile: bool) -> list[dict]:  # type: ignore[no-untyped-def]
-    """Rows of one case; a way that cannot run here (a peer that is not installed, say) is left out and named."""
-    ways = dict(case.ways)
-    if with_compile:
-        mode = "max-autotune-no-cudagraphs" if device == "cuda" else "default"
-        ways["compile"] = torch.compile(ways["eager"], mode=mode)
-    inputs, rows = copies(case, device), []
-    for name, way in ways.items():
-        try:
-            with torch.inference_mode():
-                rows.append(result(case, name, measure(way, inputs, device), top))
-        except (RuntimeError, ImportError, TypeError, ValueError) as error:
-            print(f"left out: {case.operator} {case.shape} {name}: {str(error).splitlines()[0]}", file=sys.stderr)
-    return rows
-
-
-def line(row: dict, verdict: str) -> list[str]:  # type: ignore[type-arg]
-    seconds = row["seconds"]
-    times = [f"{seconds['median'] * 1e6:.1f}", f"{seconds['p90'] * 1e6:.1f}"]
-    rates = [f"{row['gigabytes_per_second']:.0f}", f"{row['teraflops']:.3g}", f"{row['of_floor']:.2f}"]
-    return [row["operator"], row["shape"], row["way"], *times, *rates, verdict]
+    columns = [f"us on {gpu}" for gpu in reached] or ["us on a GPU"]
+    return table(["operator", "shape", "MB moved", "GFLOP", "floor us", "set by", *columns], rows)
 
 
 def dry_run(operators: Sequence[str]) -> int:
-    """Everything of the GPU run that a CPU can do: each case's inputs and eager way, and the compile of each kernel."""
-    from presto_rt.kernels import report
-
-    print("No CUDA GPU here: dry run, nothing is timed.")
-    failed = report.main(["--arch", "sm_90", *operators])
-    for operator in operators:
-        for case in cases(operator, "cpu", "tiny"):
-            case.ways["eager"](*case.make())
-            case.ways["presto"](*case.make())
-            print(f"ready: {operator} {case.shape}: {', '.join(case.ways)}, torch.compile")
-    return failed
+    """Everything of the GPU run that a CPU can do. 1 if any of it fails."""
+    print("No CUDA GPU here: dry run, nothing is timed.", flush=True)
+    code, output = run([sys.executable, "-m", "presto_rt.kernels.report", "--arch", "sm_90", *operators], 1800)
+    print(output if code else f"ready: {output.count('sm_90')} kernels compile for sm_90, none spills", flush=True)
+    listed, output = run([sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", str(TESTS)], 600)
+    print(f"{'ready' if not listed else 'FAILED'}: tests: {(output.strip().splitlines() or [''])[-1]}", flush=True)
+    timed = time_all(operators, "cpu", ["tiny"], [(True, "aot_eager")], {}, time.monotonic() + 3600, "", dry=True)
+    return 1 if code or listed or timed else 0
 
 
 if __name__ == "__main__":

@@ -18,44 +18,59 @@ FP8 = torch.float8_e4m3fn
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:
+    """The weights are inputs too: in the network each layer's come cold."""
     s = shapes(preset, device)
     wide, gpu = 4 * s.width, device == "cuda"
-    up, up_bias = s.randn(wide, s.width) * s.width**-0.5, s.randn(wide)
-    down, down_bias = s.randn(s.width, wide) * wide**-0.5, s.randn(s.width)
+    up_bias, down_bias = s.randn(wide), s.randn(s.width)
     table = s.randn(6, s.width, dtype=torch.float32)
     gate16 = table[5].bfloat16()
+    operations = 2 * s.tokens * s.width * wide
 
-    def eager_up(x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(F.linear(x, up, up_bias), approximate="tanh")
+    def make_up() -> tuple[torch.Tensor, ...]:
+        return s.randn(1, s.tokens, s.width), s.randn(wide, s.width) * s.width**-0.5
 
-    presto_up = partial(linear, weight=up, bias=up_bias, activation="gelu_tanh")
+    def eager_up(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.gelu(F.linear(x, weight, up_bias), approximate="tanh")
+
+    presto_up = partial(linear, bias=up_bias, activation="gelu_tanh")
     ways = {"eager": eager_up, "presto": presto_up}
     if gpu:
         ways["presto triton"] = partial(presto_up, backend="triton")
-        x_scale, scales = 0.02, torch.full((wide,), 0.01, device=device)
-        up8 = (up / 0.01).to(FP8)
-        fp8 = partial(linear, weight=up8, bias=up_bias, activation="gelu_tanh", x_scale=x_scale, weight_scale=scales)
-        ways["presto fp8"] = lambda x: fp8(x.to(FP8))  # counts the conversion that adaln's epilogue does for nothing
-    operations = 2 * s.tokens * s.width * wide
+        ways["cublaslt gelu"] = lambda x, weight: torch._addmm_activation(up_bias, x[0], weight.T, use_gelu=True)
+    moved = size(*make_up(), up_bias) + s.tokens * wide * 2
+    yield Case("gemm", f"up gelu_tanh {s.tokens}x{s.width}x{wide}", make_up, ways, moved, operations)
 
-    def make() -> tuple[torch.Tensor, ...]:
-        return (s.randn(1, s.tokens, s.width),)
+    if device != "cpu":
+        scales = torch.full((wide,), 0.01, device=device)
 
-    moved = size(up, up_bias) + s.tokens * (s.width + wide) * 2
-    yield Case("gemm", f"up gelu_tanh {s.tokens}x{s.width}x{wide}", make, ways, moved, operations)
+        def make_fp8() -> tuple[torch.Tensor, ...]:
+            x, weight = make_up()
+            return (x / 0.02).to(FP8), (weight / 0.01).to(FP8)
 
-    def eager_down(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return residual + gate16 * F.linear(x, down, down_bias)
+        def eager_fp8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            ones = torch.full((s.tokens, 1), 0.02, device=device)
+            z = torch._scaled_mm(x[0], weight.T, ones, scales[None], bias=up_bias, out_dtype=torch.bfloat16)
+            return (F.gelu(z, approximate="tanh") / 0.02).to(FP8)
 
-    def presto_down(x: torch.Tensor, residual: torch.Tensor, backend: str = "auto") -> torch.Tensor:
-        return linear_gate_residual(x, down, down_bias, residual, table, gate=5, backend=backend)
+        fp8 = {"x_scale": 0.02, "weight_scale": scales, "out_dtype": FP8, "out_scale": 0.02}
+        ways = {"eager": eager_fp8, "presto": partial(presto_up, **fp8)}
+        ways["presto triton"] = partial(presto_up, backend="triton", **fp8)
+        moved = size(*make_fp8(), up_bias, scales) + s.tokens * wide
+        yield Case("gemm", f"fp8 up gelu_tanh {s.tokens}x{s.width}x{wide}", make_fp8, ways, moved, operations)
+
+    def make_down() -> tuple[torch.Tensor, ...]:
+        return s.randn(1, s.tokens, wide), s.randn(1, s.tokens, s.width), s.randn(s.width, wide) * wide**-0.5
+
+    def eager_down(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return residual + gate16 * F.linear(x, weight, down_bias)
+
+    def presto_down(
+        x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, backend: str = "auto"
+    ) -> torch.Tensor:
+        return linear_gate_residual(x, weight, down_bias, residual, table, gate=5, backend=backend)
 
     ways = {"eager": eager_down, "presto": presto_down}
     if gpu:
         ways["presto triton"] = partial(presto_down, backend="triton")
-    moved = size(down, down_bias) + s.tokens * (wide + 2 * s.width) * 2
-
-    def make_down() -> tuple[torch.Tensor, ...]:
-        return s.randn(1, s.tokens, wide), s.randn(1, s.tokens, s.width)
-
+    moved = size(*make_down(), down_bias, table[5]) + s.tokens * s.width * 2
     yield Case("gemm", f"down gate residual {s.tokens}x{wide}x{s.width}", make_down, ways, moved, operations)

@@ -8,11 +8,9 @@ inside the engine.
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
+import importlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ from torch import Tensor
 
 from bench.results import spread
 
-ROOT = Path(__file__).parents[2]
 Way = Callable[..., Any]
 CACHE_BYTES = 64 << 20  # of a CPU, where torch cannot tell
 
@@ -54,6 +51,16 @@ class Ceiling:
         return max(case.moved / self.bandwidth, case.operations / self.product)
 
 
+def cases(operator: str, device: str, preset: str) -> list[Case]:
+    """The cases of one operator's file."""
+    return list(importlib.import_module(f"bench.kernels.{operator}").cases(device, preset))
+
+
+def presets(device: str) -> tuple[str, ...]:
+    """GPU rows at the sizes that need one."""
+    return ("small", "medium") if device == "cuda" else ("nano",)
+
+
 def size(*tensors: Tensor | None) -> int:
     """Bytes of the tensors together."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
@@ -80,6 +87,7 @@ def measure(way: Way, inputs: list[tuple[Tensor, ...]], device: str, seconds: fl
 
 
 def _graph(way: Way, inputs: list[tuple[Tensor, ...]]) -> Callable[[], Any]:
+    torch.cuda.synchronize()  # the inputs were made on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -111,9 +119,8 @@ def _cpu_seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def ceiling(device: str) -> Ceiling:
-    """Measured here and now, in the same process as everything else."""
-    numbers, side = (1 << 28, 8192) if device == "cuda" else (1 << 24, 2048)
+def ceiling(device: str, numbers: int, side: int) -> Ceiling:
+    """From a copy of that many fp32 numbers and a bf16 product of two such squares, measured here and now."""
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
     copied = measure(lambda a: target.copy_(a), [(source,)], device)["median"]
@@ -122,22 +129,12 @@ def ceiling(device: str) -> Ceiling:
     return Ceiling(2 * size(source) / copied, 2 * side**3 / multiplied)
 
 
-def tests_are_green(operator: str, device: str) -> bool:
-    """Runs the operator's own tests on this device: no speed-up is printed for an operator that may be wrong."""
-    files = {"snake_conv1d": "test_convolutions.py", "conv_transpose1d": "test_convolutions.py"}
-    path = ROOT / "tests" / "kernels" / files.get(operator, f"test_{operator}.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)]
-    if device == "cuda":
-        command += ["-m", "gpu"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
-
-
-def result(case: Case, name: str, times: dict[str, float], top: Ceiling) -> dict[str, Any]:
+def result(case: Case, way: str, times: dict[str, float], top: Ceiling) -> dict[str, Any]:
     """A row for JSON and table."""
     return {
         "operator": case.operator,
         "shape": case.shape,
-        "way": name,
+        "way": way,
         "seconds": times,
         "gigabytes_per_second": case.moved / times["median"] / 1e9,
         "teraflops": case.operations / times["median"] / 1e12,

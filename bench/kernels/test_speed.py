@@ -8,7 +8,7 @@ import pytest
 import torch
 from presto_rt.kernels import OPERATORS
 
-from bench.kernels.__main__ import cases, presets
+from bench.kernels.harness import cases, presets
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
