@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
     from .data.cli import add_parser as add_data
+    from .distill.cli import add_parser as add_distill
     from .evaluation.cli import add_parser as add_eval
 
     parser = argparse.ArgumentParser(prog="presto-rt", description="Text to 44.1 kHz stereo music, in moments.")
@@ -40,8 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_info(commands)
+    _add_tune(commands)
     _add_codec(commands)
     _add_train(commands)
+    add_distill(commands)
     add_data(commands)
     add_eval(commands)
     return parser
@@ -60,7 +63,8 @@ def _add_generate(commands: Any) -> None:
     p.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 is none")
     p.add_argument("--cfg-pp", action="store_true", help="CFG++, with --guidance from 0 to 1")
     p.add_argument("--negative-prompt")
-    p.add_argument("--layers", help='how many blocks run: a number, or a share such as "75%%"')
+    p.add_argument("--layers", help='how many blocks run: 6, a share such as "75%%", or one per step: 8,6,6,4')
+    p.add_argument("--deadline-ms", type=float, help="the best steps and layers that end in time (see `tune`)")
     p.add_argument("--seed", type=int)
     p.add_argument("--count", type=int, default=1, help="clips per prompt, with consecutive seeds")
     p.add_argument("--subtype", choices=("pcm16", "pcm24", "float32"), help="sample format of the file")
@@ -90,8 +94,10 @@ def _generate(a: argparse.Namespace) -> None:
     model = load(a.model, device=a.device, dtype=a.dtype, backend=a.backend)
     loaded = time.perf_counter() - started
     options = {"negative_prompt": a.negative_prompt, "seconds": a.seconds, "bpm": a.bpm, "key": a.key, "steps": a.steps,
-               "sampler": a.sampler, "guidance": a.guidance, "cfg_pp": a.cfg_pp, "layers": a.layers}  # fmt: skip
-    model.plan(a.seconds, a.steps, a.sampler, a.guidance, None, a.cfg_pp, a.layers)  # bad settings before any work
+               "sampler": a.sampler, "guidance": a.guidance, "cfg_pp": a.cfg_pp, "layers": a.layers,
+               "deadline_ms": a.deadline_ms}  # fmt: skip
+    # bad settings and impossible deadlines before any work
+    model.plan(a.seconds, a.steps, a.sampler, a.guidance, None, a.cfg_pp, a.layers, a.deadline_ms)
     made = []
     for i, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
         with _Bar(f"clip {i + 1}/{len(prompts)}", silent=a.quiet or a.json) as bar:
@@ -145,6 +151,32 @@ def _info(a: argparse.Namespace) -> None:
     from .info import info, info_text
 
     print(json.dumps(info(), indent=1) if a.json else info_text())
+
+
+def _add_tune(commands: Any) -> None:
+    p = commands.add_parser("tune", help="measure this machine, so that --deadline-ms can choose")
+    p.add_argument("--model", default="nano", help="a shipped model's name, or a weights folder")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="auto")
+    p.add_argument("--seconds", type=float, nargs="+", default=[2.0, 8.0, 32.0], help="lengths; between them it fits")
+    p.add_argument("--repeats", type=int, default=3, help="the slowest of so many counts")
+    p.set_defaults(run=_tune)
+
+
+def _tune(a: argparse.Namespace) -> None:
+    from .pipeline import load
+    from .tuning import table_path, tune
+
+    if a.repeats < 1:
+        raise InvalidInput(f"--repeats must be at least 1, not {a.repeats}")
+    model = load(a.model, device=a.device, dtype=a.dtype)
+    for seconds in a.seconds:
+        model.plan(seconds)  # a bad length before any work
+    print("clip        text     per step   per block   guided   decode   (ms)")
+    for row in tune(model, a.seconds, a.repeats):
+        print(f"{row.seconds:6.1f} s {1e3 * row.text:8.2f} {1e3 * row.evaluation:12.2f} {1e3 * row.block:11.3f} "
+              f"{row.guided:7.2f}x {1e3 * row.decode:8.2f}")  # fmt: skip
+    print(f"kept in {table_path(model)}")
 
 
 def _add_codec(commands: Any) -> None:
@@ -209,8 +241,9 @@ def _add_train(commands: Any) -> None:
     p.set_defaults(run=_encode)
     p = jobs.add_parser("pack", help="put a trained codec and base model into one weights folder")
     p.add_argument("output", help="the weights folder to write")
-    p.add_argument("--codec", default="runs/codec", help="the codec's run folder")
-    p.add_argument("--base", default="runs/base", help="the base model's run folder")
+    p.add_argument("--codec", default="runs/codec", help="the codec's run folder, or a model whose codec is taken")
+    p.add_argument("--base", default="runs/base", help="the run folder of the base or a distilled model")
+    p.add_argument("--quality", metavar="FILE", help="JSON list of plans' figures: steps, layers, kid")
     p.add_argument("--defaults", default="{}", help="sampling defaults as JSON: steps, sampler, guidance, ...")
     p.set_defaults(run=_pack)
 
@@ -243,9 +276,10 @@ def _pack(a: argparse.Namespace) -> None:
 
     try:
         defaults = json.loads(a.defaults)
-    except ValueError as error:
-        raise InvalidInput(f"--defaults is no JSON: {error}") from error
-    pack(a.output, codec_run=a.codec, base_run=a.base, defaults=defaults)
+        quality = json.loads(Path(a.quality).read_text()) if a.quality else []
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"--defaults or --quality is no JSON: {error}") from error
+    pack(a.output, codec_run=a.codec, base_run=a.base, defaults=defaults, quality=quality)
     print(f"wrote {a.output}")
 
 

@@ -22,7 +22,7 @@ from .config import HOP, MAX_SECONDS, SAMPLE_RATE, ModelConfig
 from .diffusion.guidance import Guidance, guided
 from .diffusion.precond import precondition
 from .diffusion.samplers import SAMPLERS, sample
-from .diffusion.schedule import LayerSchedule, karras_levels, parse_layers
+from .diffusion.schedule import Layers, LayerSchedule, karras_levels, parse_layers
 from .errors import BackendUnavailable, InvalidInput, WeightsError
 from .keys import Key, check_key, key_features, parse_key
 from .models.codec import Codec, CodecConfig
@@ -48,6 +48,7 @@ class Defaults:
     sampler: str = "dpmpp_2m"
     guidance: float = 2.0
     guidance_interval: tuple[float, float] = (0.0, math.inf)
+    layers: Layers = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Defaults:
@@ -78,11 +79,18 @@ def number(name: str, value: object, low: float, high: float) -> float:
 
 
 class Pipeline:
-    """A loaded model: text encoder, diffusion transformer and codec on one device. See `load`."""
+    """A loaded model: text encoder, diffusion transformer and codec on one device. See `load`.
+
+    schedules: the layer schedules that the weights have learned, by budget. quality: measured figures of plans, each
+    {"steps", "layers", "kid"}, for `deadline_ms`. digest: names the weights.
+    """
 
     def __init__(self, dit: DiT, codec: Codec, *, device: torch.device, dtype: torch.dtype,
-                 defaults: Defaults | None = None, name: str = "custom") -> None:  # fmt: skip
-        self.name, self.device, self.dtype = name, device, dtype
+                 defaults: Defaults | None = None, name: str = "custom",
+                 schedules: dict[str, LayerSchedule] | None = None, quality: Sequence[dict[str, Any]] = (),
+                 digest: str = "") -> None:  # fmt: skip
+        self.name, self.device, self.dtype, self.digest = name, device, dtype, digest
+        self.schedules, self.quality = schedules or {}, list(quality)
         self.config: ModelConfig = dit.config
         self.defaults = defaults or Defaults()
         self.dit = dit.to(device, dtype).eval().requires_grad_(False)
@@ -101,7 +109,8 @@ class Pipeline:
         guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         cfg_pp: bool = False,
-        layers: int | str | LayerSchedule | None = None,
+        layers: Layers = None,
+        deadline_ms: float | None = None,
         seed: int | Sequence[int] | None = None,
         callback: Callback | None = None,
         return_latents: bool = False,
@@ -112,14 +121,18 @@ class Pipeline:
         prompt's own ("90 bpm"), or leaves it free. key: like "D minor", in the same way.
         steps, sampler, guidance: None takes the model's defaults.
         guidance: classifier-free guidance scale, 1 for none; with cfg_pp (CFG++) from 0 to 1. guidance_interval:
-        (low, high) sigma. layers: how many blocks run, 6 or "75%". seed: clip i of a list uses seed + i, or the i-th
-        of a list of seeds; None draws one, which the Audio tells. callback(step, steps) after each step.
-        return_latents: returns (audio, latents (T, C)) or (list, (B, T, C)). Raises InvalidInput.
+        (low, high) sigma. layers: how many blocks run: 6 at every level, "75%" on average and fewer at high noise, or
+        one entry for each step. deadline_ms: takes the best steps and layers that end in time on this machine, by the
+        table of `presto-rt tune` (measured quickly where there is none); those that are given stay. seed: clip i of a
+        list uses seed + i, or the i-th of a list of seeds; None draws one, which the Audio tells. callback(step,
+        steps) after each step. return_latents: returns (audio, latents (T, C)) or (list, (B, T, C)). Raises
+        InvalidInput.
         """
         prompts = check_prompts(prompt)
         tempos, keys = self._tempos(prompts, bpm), self._keys(prompts, key)
         seeds = self._seeds(len(prompts), seed)
-        plan = self.plan(seconds, steps, sampler, guidance, guidance_interval, cfg_pp, layers)
+        how = (seconds, steps, sampler, guidance, guidance_interval, cfg_pp, layers)
+        plan = self.plan(*how, deadline_ms=deadline_ms, clips=len(prompts))
         if negative_prompt is not None and not isinstance(negative_prompt, str):
             raise InvalidInput("negative_prompt must be a string")
         clips, latents = [], []
@@ -138,8 +151,16 @@ class Pipeline:
 
     def plan(self, seconds: float, steps: int | None = None, sampler: str | None = None,
              guidance: float | None = None, guidance_interval: tuple[float, float] | None = None,
-             cfg_pp: bool = False, layers: int | str | LayerSchedule | None = None) -> Plan:  # fmt: skip
+             cfg_pp: bool = False, layers: Layers = None, deadline_ms: float | None = None,
+             clips: int = 1) -> Plan:  # fmt: skip
         """The plan of a request; raises InvalidInput for settings that cannot be run."""
+        if deadline_ms is not None:
+            from .tuning import plan_in_time
+
+            request = {"sampler": sampler, "guidance": guidance, "guidance_interval": guidance_interval,
+                       "cfg_pp": cfg_pp}  # fmt: skip
+            limit = number("deadline_ms", deadline_ms, 0, 1e9) / 1000
+            return plan_in_time(self, limit, clips, seconds, steps, layers, request)
         config, defaults = self.config, self.defaults
         steps = defaults.steps if steps is None else steps
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
@@ -152,7 +173,11 @@ class Pipeline:
         how.check(sampler)
         samples = round(number("seconds", seconds, 0.05, MAX_SECONDS) * SAMPLE_RATE)
         levels = karras_levels(steps, config.sigma_min, config.sigma_max, config.rho)
-        return Plan(sampler, tuple(levels), how, parse_layers(layers, config.blocks), samples, -(-samples // HOP))
+        schedule = parse_layers(
+            defaults.layers if layers is None else layers, config.blocks, levels=levels, saved=self.schedules,
+            ladder=(config.sigma_min, config.sigma_max, config.rho),
+        )  # fmt: skip
+        return Plan(sampler, tuple(levels), how, schedule, samples, -(-samples // HOP))
 
     @torch.inference_mode()
     def _run(self, plan: Plan, prompts: list[str], tempos: list[float | None], keys: list[Key | None],
@@ -191,7 +216,7 @@ class Pipeline:
 
         def denoiser(x: Tensor, sigma: float, given: Condition) -> Tensor:
             levels = torch.full((len(x),), sigma, device=x.device)
-            return precondition(self.dit, x, levels, given, plan.layers.blocks(sigma),
+            return precondition(self.dit, x, levels, given, plan.layers.blocks(sigma), plan.layers.budget(sigma),
                                 kind=self.config.network, sigma_data=self.config.sigma_data)  # fmt: skip
 
         def both(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
@@ -265,12 +290,15 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
         dit, codec = DiT(config), Codec(CodecConfig.from_dict(loaded.config["codec"]))
         dit.load_state_dict({k: v.float() for k, v in loaded.parts["dit"].items()})
         codec.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in loaded.parts["codec"].items()})
-    except (KeyError, RuntimeError) as error:
+        saved = {k: LayerSchedule.from_json(v) for k, v in loaded.config.get("layers", {}).items()}
+        schedules = {k: parse_layers(v, config.blocks) for k, v in saved.items()}  # of this very depth
+    except (InvalidInput, KeyError, RuntimeError) as error:
         raise WeightsError(
             f"the weights of {name} do not fit their configuration: {str(error).splitlines()[0]}"
         ) from error
     return Pipeline(dit, codec, device=where, dtype=_dtype(dtype, where), name=Path(name).name,
-                    defaults=Defaults.from_dict(loaded.config.get("defaults", {})))  # fmt: skip
+                    defaults=Defaults.from_dict(loaded.config.get("defaults", {})), schedules=schedules,
+                    quality=loaded.config.get("quality", ()), digest=loaded.digest)  # fmt: skip
 
 
 def _device(name: str) -> torch.device:

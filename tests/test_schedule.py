@@ -55,7 +55,7 @@ def test_inference_levels_end_points() -> None:
 def test_layer_schedule_round_trip(depth: int, data: st.DataObject) -> None:
     bounds = sorted(data.draw(st.lists(st.floats(0.01, 90), max_size=5, unique=True)))
     rows = tuple((b, keep_last(depth, data.draw(st.integers(1, depth)))) for b in [*bounds, math.inf])
-    schedule = LayerSchedule(depth, rows)
+    schedule = LayerSchedule(depth, rows, data.draw(st.booleans()))
     assert LayerSchedule.from_json(schedule.to_json()) == schedule
     for sigma in (0.001, 0.5, 5.0, 100.0):
         blocks = schedule.blocks(sigma)
@@ -92,10 +92,44 @@ def test_bad_layer_schedules(rows: tuple) -> None:
 
 
 def test_parse_layers() -> None:
-    assert parse_layers(None, 8).blocks(1.0) == tuple(range(8))
-    assert parse_layers("50%", 8).blocks(1.0) == (0, 1, 2, 7)
+    assert parse_layers(None, 8) == LayerSchedule.full(8)
     assert parse_layers("5", 8).blocks(1.0) == (0, 1, 2, 3, 7)
     assert parse_layers(1, 8).blocks(1.0) == (7,)
-    for bad in (0, 9, "0%", "200%", "x", True, 2.5, LayerSchedule.full(5)):
+    assert parse_layers("50%", 8) == budget_schedule(8, 0.5)
+    assert parse_layers(" 62.5 %", 8) == budget_schedule(8, 0.625)
+    assert {blocks for _, blocks in parse_layers("100%", 8).rows} == {tuple(range(8))}
+    own = {"50%": LayerSchedule(8, ((math.inf, (0, 7)),), told=False)}
+    assert parse_layers("50%", 8, saved=own) is own["50%"]
+    assert not parse_layers(6, 8, saved=own).told
+    bad = (0, 9, "0%", "200%", "20%", "x", True, 2.5, "", "nan%", "-5", LayerSchedule.full(5), [8, 8], {}, "8,8")
+    for each in bad:
         with pytest.raises(InvalidInput):
-            parse_layers(bad, 8)
+            parse_layers(each, 8, levels=karras_levels(3))
+
+
+@given(depth=st.integers(1, 24), steps=st.integers(1, 12), data=st.data())
+def test_layers_for_each_step(depth: int, steps: int, data: st.DataObject) -> None:
+    """Step i runs its own count at its own level; as text it is the same; the last block always runs."""
+    counts = data.draw(st.lists(st.integers(1, depth), min_size=steps, max_size=steps))
+    levels = karras_levels(steps)
+    schedule = parse_layers(counts, depth, levels=levels)
+    assert [len(schedule.blocks(s)) for s in levels[:-1]] == counts
+    assert all(schedule.blocks(s)[-1] == depth - 1 for s in levels[:-1])
+    if steps > 1:
+        assert parse_layers(",".join(map(str, counts)), depth, levels=levels) == schedule
+    shares = parse_layers(["100%"] * steps, depth, levels=levels)
+    assert all(shares.blocks(s) == tuple(range(depth)) for s in levels[:-1])
+
+
+@given(depth=st.integers(1, 40), share=st.floats(0.25, 1.0), shifted=st.booleans(), parts=st.integers(2, 20),
+       sigma=st.floats(1e-4, 200.0))  # fmt: skip
+def test_every_budget_schedule_is_sound(depth: int, share: float, shifted: bool, parts: int, sigma: float) -> None:
+    """At least one block runs at any level, never more at more noise, and a shifted drop keeps the last block."""
+    schedule = budget_schedule(depth, share, shifted=shifted, parts=parts)
+    blocks, noisier = schedule.blocks(sigma), schedule.blocks(2 * sigma)
+    assert 1 <= len(noisier) <= len(blocks) <= depth
+    assert set(noisier) <= set(blocks)
+    assert 0 in blocks or blocks == (depth - 1,)
+    assert not shifted or blocks[-1] == depth - 1
+    assert schedule.budget(sigma) == len(blocks) / depth
+    assert LayerSchedule.from_json(schedule.to_json()) == schedule

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -13,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from presto_rt.data.manifest import Item, Manifest
 from presto_rt.errors import InvalidInput
+from presto_rt.models.dit import beat_features
 from presto_rt.training.base import BaseTrainer, BaseTraining, train_base
 from presto_rt.training.common import load_checkpoint
 from presto_rt.training.conditions import FRAME_SECONDS, LatentSet
+from presto_rt.training.synthetic import write_latents
 
 FRAMES = 200
 OPTIONS = {"tokens": 256, "frames": ((32, 1.0),), "checkpoint_minutes": 0.02}
@@ -25,22 +25,7 @@ OPTIONS = {"tokens": 256, "frames": ((32, 1.0),), "checkpoint_minutes": 0.02}
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Latents in which the caption decides the sign: what the model has to learn from text."""
-    root = tmp_path_factory.mktemp("data")
-    rng, items = np.random.default_rng(0), []
-    (root / "latents").mkdir()
-    for split, count in (("train", 8), ("val", 2)):
-        rows, index = [], []
-        for i in range(count):
-            sign, word = (1, "piano") if i % 2 else (-1, "drums")
-            rows.append((0.45 * sign + 0.1 * rng.standard_normal((FRAMES, 64))).astype(np.float16))
-            index.append({"id": f"{split}{i}", "start": i * FRAMES, "frames": FRAMES})
-            items.append(Item(f"{split}{i}", "solo", split, "x.flac", FRAMES * FRAME_SECONDS, f"c{split}{i}", "", "",
-                              "", [f"{word} music", f"some {word}"], [word], None, 120.0, 4, 0.0))  # fmt: skip
-        np.save(root / "latents" / f"{split}.npy", np.concatenate(rows))
-        (root / "latents" / f"{split}.json").write_text(json.dumps({"items": index}))
-    Manifest(root, 0, items).save()
-    return root
+    return write_latents(tmp_path_factory.mktemp("data") / "set", frames=FRAMES)
 
 
 def trainer(data_root: Path, run: Path) -> BaseTrainer:
@@ -61,6 +46,31 @@ def test_batches(data_root: Path) -> None:
     assert torch.equal(x, again)
     with pytest.raises(InvalidInput, match="201"):
         held.batch(np.random.default_rng(0), 1, 201)
+
+
+def test_crops_carry_their_own_beats_and_captions(data_root: Path) -> None:
+    """A batch is gathered at once; each clip in it must be what the plain functions give for its piece."""
+    held = LatentSet(data_root, "val")
+    for i, piece in enumerate(held.pieces):
+        piece.bpm, piece.beats_per_bar, piece.beat_offset = 90.0 + i, 3 + i, 0.1 * i
+    x, c = held.batch(np.random.default_rng(3), 8, 40, control_dropout=0.0)
+    for clip, beats, text, mask in zip(x, c.beat, c.text, c.text_mask, strict=True):
+        found = [
+            (piece, start)
+            for piece in held.pieces
+            for start in range(FRAMES - 39)
+            if torch.equal(held.latents[piece.start + start : piece.start + start + 40].float(), clip)
+        ]
+        assert len(found) == 1
+        piece, start = found[0]
+        expected = beat_features(40, FRAME_SECONDS, piece.bpm, piece.beats_per_bar, piece.beat_offset,
+                                 start * FRAME_SECONDS)  # fmt: skip
+        assert torch.allclose(beats, expected, atol=1e-6)
+        number = held.pieces.index(piece)
+        captions = range(held.first_caption[number], held.first_caption[number + 1])
+        tokens = [held.tokens[held.offsets[k] : held.offsets[k + 1]].float() for k in captions]
+        assert any(len(t) == mask.sum() and torch.equal(t, text[mask]) for t in tokens)
+        assert not text[~mask].any()
 
 
 def test_learns_what_the_text_says(data_root: Path, tmp_path: Path) -> None:

@@ -1,12 +1,17 @@
 """Noise levels and layer schedules: everything about a trajectory that is known before its first step.
 
 Levels (Karras et al. 2022, equation 5): sigma_i = (s_max^(1/rho) + i/(N-1) (s_min^(1/rho) - s_max^(1/rho)))^rho,
-then 0. A layer schedule maps a noise level to the blocks that run there; it is data (JSON), saved with the weights.
+then 0. A layer schedule maps a noise level to the blocks that run there; it is data (JSON), saved with the weights,
+and users name it by its budget: a share of the blocks ("70%"), one number for all steps (6), or one entry per step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,15 +46,17 @@ class LayerSchedule:
     """Blocks that run at each noise level.
 
     `rows`: (upper sigma, blocks) in rising order of sigma; a level uses the first row whose upper sigma is at least
-    its own, and the last row's upper sigma is infinity. Blocks are indices in rising order.
+    its own, and the last row's upper sigma is infinity. Blocks are indices in rising order. `told`: whether the network
+    has learned to be told its budget; one that has not (ASE) is always told that all blocks run.
     """
 
     depth: int
     rows: tuple[tuple[float, tuple[int, ...]], ...]
+    told: bool = True
 
     def __post_init__(self) -> None:
         bounds = [upper for upper, _ in self.rows]
-        if not self.rows or bounds != sorted(bounds) or bounds[-1] != float("inf"):
+        if not self.rows or bounds != sorted(bounds) or bounds[-1] != math.inf:
             raise InvalidInput("a layer schedule's rows must rise in sigma and end with infinity")
         for upper, blocks in self.rows:
             if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0 or blocks[-1] >= self.depth:
@@ -59,23 +66,31 @@ class LayerSchedule:
 
     @classmethod
     def full(cls, depth: int) -> LayerSchedule:
-        return cls(depth, ((float("inf"), tuple(range(depth))),))
+        return cls(depth, ((math.inf, tuple(range(depth))),))
 
     def blocks(self, sigma: float) -> tuple[int, ...]:
         """The blocks that run at noise level `sigma`."""
         return next(blocks for upper, blocks in self.rows if sigma <= upper)
 
+    def budget(self, sigma: float) -> float:
+        """The share of blocks that the network is told at noise level `sigma`."""
+        return len(self.blocks(sigma)) / self.depth if self.told else 1.0
+
     def to_json(self) -> dict[str, Any]:
-        rows = [[None if upper == float("inf") else upper, list(blocks)] for upper, blocks in self.rows]
-        return {"depth": self.depth, "rows": rows}
+        rows = [[None if upper == math.inf else upper, list(blocks)] for upper, blocks in self.rows]
+        return {"depth": self.depth, "rows": rows, "told": self.told}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LayerSchedule:
         try:
-            rows = tuple((float("inf") if u is None else float(u), tuple(int(b) for b in bs)) for u, bs in data["rows"])
-            return cls(int(data["depth"]), rows)
-        except (KeyError, TypeError, ValueError) as error:
+            rows = tuple((math.inf if u is None else float(u), tuple(int(b) for b in bs)) for u, bs in data["rows"])
+            return cls(int(data["depth"]), rows, bool(data.get("told", True)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"not a layer schedule: {error}") from error
+
+
+#: what a user may write for `layers`: a count, a share ("70%"), one of these per step, or a schedule
+Layers = int | str | Sequence[int | str] | LayerSchedule | None
 
 
 def keep_last(depth: int, count: int) -> tuple[int, ...]:
@@ -97,7 +112,7 @@ def budget_schedule(
     and those before it are dropped (Presto-L); else a prefix runs (ASE). Raises InvalidInput for other shares.
     """
     if not 0.25 <= share <= 1.0:
-        raise InvalidInput(f"a layer budget must be a share from 25% to 100%, not {share:.0%}")
+        raise InvalidInput(f"a layer budget must be a share of the blocks from 25% to 100%, not {share:.0%}")
     low = max(2 * share - 1, 0.25)
     high = 2 * share - low
     levels = inference_levels(torch.arange(parts, -1, -1, dtype=torch.float64) / parts, sigma_min, sigma_max, rho)
@@ -111,21 +126,60 @@ def budget_schedule(
     return LayerSchedule(depth, tuple(zip(uppers, chosen, strict=True)))
 
 
-def parse_layers(layers: object, depth: int) -> LayerSchedule:
-    """A schedule from what a user writes: None, a count (6), a share ("60%"), or a LayerSchedule."""
+def parse_layers(layers: Layers, depth: int, *, levels: Sequence[float] = (),
+                 saved: Mapping[str, LayerSchedule] | None = None,
+                 ladder: tuple[float, float, float] = (0.002, 80.0, 7.0)) -> LayerSchedule:  # fmt: skip
+    """The schedule that a user means; raises InvalidInput for anything else.
+
+    None or "100%": all blocks. 6: so many at every level, the last always among them. "70%": that share on average
+    over the ladder (sigma_min, sigma_max, rho), fewer at high noise; the weights' own schedule where `saved` has one of
+    that name. [8, 6, "50%"]: one entry for each of the steps at `levels` (their closing 0 left out or not), as counts
+    or shares of that step; "8,6,50%" is the same.
+    """
     if layers is None:
         return LayerSchedule.full(depth)
     if isinstance(layers, LayerSchedule):
         if layers.depth != depth:
             raise InvalidInput(f"this layer schedule is for {layers.depth} blocks; the model has {depth}")
         return layers
-    if isinstance(layers, str) and layers.strip().endswith("%"):
-        try:
-            layers = round(float(layers.strip()[:-1]) / 100 * depth)
-        except ValueError:
-            layers = None
-    elif isinstance(layers, str) and layers.strip().isdigit():
-        layers = int(layers)
-    if isinstance(layers, bool) or not isinstance(layers, int):
-        raise InvalidInput(f'layers must be a number of blocks (1 to {depth}) or a share such as "60%"')
-    return LayerSchedule(depth, ((float("inf"), keep_last(depth, layers)),))
+    if isinstance(layers, str) and "," in layers:
+        layers = layers.split(",")
+    told = all(schedule.told for schedule in (saved or {}).values())
+    if isinstance(layers, list | tuple):
+        return replace(_per_step(layers, depth, [s for s in levels if s > 0]), told=told)
+    name = layers.strip() if isinstance(layers, str) else layers
+    if isinstance(name, str) and name in (saved or {}):
+        return (saved or {})[name]
+    if isinstance(name, str) and (share := _share(name)) is not None:
+        low, high, rho = ladder
+        return replace(budget_schedule(depth, share, sigma_min=low, sigma_max=high, rho=rho), told=told)
+    return LayerSchedule(depth, ((math.inf, keep_last(depth, _count(name, depth))),), told)
+
+
+def _per_step(entries: Sequence[int | str], depth: int, levels: Sequence[float]) -> LayerSchedule:
+    """Rows that part neighbouring steps at the geometric mean of their levels."""
+    if len(entries) != len(levels):
+        raise InvalidInput(f"layers has {len(entries)} entries for {len(levels)} steps; give one for each step")
+    middles = [math.sqrt(a * b) for a, b in itertools.pairwise(levels)]
+    chosen = [keep_last(depth, _count(entry, depth)) for entry in entries]
+    return LayerSchedule(depth, tuple(zip([*reversed(middles), math.inf], reversed(chosen), strict=True)))
+
+
+def _share(text: str) -> float | None:
+    """0.7 from "70%", None where it is no share."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
+    return float(found[1]) / 100 if found else None
+
+
+def _count(value: object, depth: int) -> int:
+    """A number of blocks from 6, "6" or "75%" (rounded)."""
+    if isinstance(value, str):
+        share = _share(value)
+        if share is not None:
+            return round(share * depth)
+        value = int(value) if value.strip().isdigit() else None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidInput(
+            f'layers must be a number of blocks (1 to {depth}), a share such as "60%", or one of these for each step'
+        )
+    return value

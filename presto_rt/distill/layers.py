@@ -11,22 +11,22 @@ learns from its own full depth (self-teacher).
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import ModelConfig
 from ..diffusion.precond import loss_weight, precondition
 from ..diffusion.schedule import LayerSchedule, budget_schedule, training_levels
 from ..errors import InvalidInput
 from ..models.dit import Condition, DiT, drop_text
 from ..training.base import draw_batch, held_out_error
 from ..training.common import Ema
-from ..training.conditions import LatentSet
-from ..training.loop import Trainer, adamw
+from ..training.loop import adamw, compile_blocks
+from .losses import weighted_error
+from .trainer import Distiller
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,13 @@ class LayerDistillation:
     checkpoint_minutes: float = 3.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.budgets or not all(0.25 <= share <= 1 for share in self.budgets):
+            raise InvalidInput(f"layer budgets must be shares from 0.25 to 1, not {self.budgets}")
+
+
+#: latent frames in a batch on a CUDA GPU
+GPU_TOKENS = 65_536
 
 #: the methods that are compared, as changes of the default
 METHODS: dict[str, dict[str, Any]] = {
@@ -60,70 +67,67 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def settings(method: str, minutes: float, **changes: Any) -> LayerDistillation:
-    """The settings of a method by name. Raises InvalidInput, listing the methods, for an unknown one."""
+    """The settings of a method by name. Raises InvalidInput, listing what there is, for unknown methods and changes."""
     if method not in METHODS:
         raise InvalidInput(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+    known = [f.name for f in fields(LayerDistillation)]
+    if unknown := sorted(set(changes) - set(known)):
+        raise InvalidInput(f"unknown settings {', '.join(unknown)}; there are {', '.join(known)}")
     return replace(LayerDistillation(minutes), **{**METHODS[method], **changes})
 
 
-class LayerTrainer(Trainer):
+class LayerTrainer(Distiller):
     """Trains a copy of the teacher to run with fewer blocks; see LayerDistillation for the options."""
+
+    options: LayerDistillation
 
     def __init__(self, data_root: str | Path, run_dir: str | Path, teacher: DiT, options: LayerDistillation,
                  device: str = "auto") -> None:  # fmt: skip
-        super().__init__(run_dir, options.minutes, options.seed, device, options.checkpoint_minutes)
-        self.config: ModelConfig = teacher.config
-        self.options = options
+        super().__init__(data_root, run_dir, teacher.config, options, device)
         self.model = copy.deepcopy(teacher).to(self.device).requires_grad_(True)
-        self.train_set = LatentSet(data_root, "train", self.device)
-        self.val_set = LatentSet(data_root, "val", self.device)
         self.ema = Ema(self.model, options.ema_decay)
         self.modules = {"model": self.model}
         self.optimizers = {"model": adamw(self.model, options.learning_rate, (0.9, 0.98), 0.0)}
-        self.schedules = [self.schedule(share) for share in options.budgets]
+        self.budgets = [self.schedule(share) for share in options.budgets]
+        compile_blocks(self.model)
 
-    def describe(self) -> dict[str, Any]:
-        return {"options": asdict(self.options)}
+    def schedules(self) -> dict[str, LayerSchedule]:
+        return {f"{share:.0%}": self.schedule(share) for share in self.options.budgets}
 
     def schedule(self, share: float) -> LayerSchedule:
-        c = self.config
-        return budget_schedule(c.blocks, share, shifted=self.options.shifted, sigma_min=c.sigma_min,
-                               sigma_max=c.sigma_max, rho=c.rho)  # fmt: skip
+        c, o = self.config, self.options
+        plain = budget_schedule(c.blocks, share, shifted=o.shifted, sigma_min=c.sigma_min, sigma_max=c.sigma_max,
+                                rho=c.rho)  # fmt: skip
+        return replace(plain, told=o.budget_input)
 
-    def denoise(self, model: DiT, x: Tensor, sigma: Tensor, condition: Condition, blocks: tuple[int, ...]) -> Tensor:
-        told = None if self.options.budget_input else 1.0
-        return precondition(model, x, sigma, condition, blocks, told,
+    def denoise(self, x: Tensor, sigma: Tensor, condition: Condition, layers: LayerSchedule) -> Tensor:
+        """D at levels (B,) that all run the same blocks of `layers`."""
+        first = float(sigma[0])
+        return precondition(self.model, x, sigma, condition, layers.blocks(first), layers.budget(first),
                             kind=self.config.network, sigma_data=self.config.sigma_data)  # fmt: skip
 
     def train_step(self, progress: float) -> dict[str, float]:
         """One budget; one part of its schedule, drawn as often as training's noise levels fall into it."""
         o = self.options
-        schedule = self.schedules[int(self.rng.integers(len(self.schedules)))]
+        layers = self.budgets[int(self.rng.integers(len(self.budgets)))]
         x, condition = draw_batch(self.train_set, self.rng, o.tokens, o.frames, o.control_dropout)
         dropped = torch.rand(len(x), generator=self.generator, device=self.device) < o.text_dropout
         condition = drop_text(self.model, condition, dropped)
-        sigma = self.levels_of_one_row(schedule, len(x))
-        blocks = schedule.blocks(float(sigma[0]))
+        sigma = self.levels_of_one_row(layers, len(x))
         noisy = x + sigma[:, None, None] * self.gaussian(x)
-        weight = loss_weight(sigma, self.config.sigma_data)[:, None, None]
-        full = tuple(range(self.config.blocks))
+        weight, full = loss_weight(sigma, self.config.sigma_data), LayerSchedule.full(self.config.blocks)
         with torch.autocast(self.device.type, torch.bfloat16):
-            short = self.denoise(self.model, noisy, sigma, condition, blocks)
-            denoising = (weight * (short - x) ** 2).mean()
-            loss = denoising
-            if o.self_teacher and blocks != full:
+            short = self.denoise(noisy, sigma, condition, layers)
+            losses = {"denoising": weighted_error(short, x, weight)}
+            if o.self_teacher and layers.blocks(float(sigma[0])) != full.blocks(0.0):
                 with torch.no_grad():
-                    target = self.denoise(self.model, noisy, sigma, condition, full)
-                loss = denoising + (weight * (short - target) ** 2).mean()
+                    target = self.denoise(noisy, sigma, condition, full)
+                losses["self_teacher"] = weighted_error(short, target, weight)
+        loss = torch.stack(list(losses.values())).sum()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), o.clip)
-        self.set_rate("model", o.learning_rate, progress)
-        self.optimizers["model"].step()
-        self.model.zero_grad(set_to_none=True)
-        self.ema.update(self.model)
-        self.step += 1
-        self.frames_seen += x.shape[0] * x.shape[1]
-        return {"loss": float(loss.detach()), "denoising": float(denoising.detach())}
+        self.update("model", o.learning_rate, progress, o.clip)
+        self.count(x)
+        return {"loss": float(loss.detach()), "denoising": float(losses["denoising"].detach())}
 
     def levels_of_one_row(self, schedule: LayerSchedule, count: int) -> Tensor:
         """Levels of p(s_train) that all run the same blocks: one decides the row, the rest are drawn within it."""
@@ -132,15 +136,9 @@ class LayerTrainer(Trainer):
         row = next(i for i, upper in enumerate(bounds[1:]) if float(first) <= upper)
         ends = torch.tensor([max(bounds[row], 1e-6), min(bounds[row + 1], 1e6)]).log()
         low, high = torch.special.ndtr((ends + 0.4) / 1.0).clamp(1e-4, 1 - 1e-4).tolist()
-        return training_levels(low + (high - low) * self.uniforms(count))
+        levels = training_levels(low + (high - low) * self.uniforms(count))
+        return levels.clamp(bounds[row] * (1 + 1e-6), bounds[row + 1] * (1 - 1e-6))  # rounding must not change the row
 
     def validate(self) -> dict[str, float]:
         """Held-out error at 60 % of the blocks, with the blocks that each level runs."""
-        model = copy.deepcopy(self.model)
-        self.ema.copy_to(model)
-        schedule = self.schedule(0.6)
-        figures: dict[str, float] = {}
-        for key in held_out_error(model.eval(), self.val_set):
-            sigma = float(key.removeprefix("val_"))
-            figures[key] = held_out_error(model, self.val_set, blocks=schedule.blocks(sigma))[key]
-        return figures
+        return held_out_error(self.averaged(), self.val_set, layers=self.schedule(0.6))

@@ -23,19 +23,24 @@ def corrupt(x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
 
 @torch.no_grad()
 def distribution_matching_gradient(x_hat: Tensor, sigma: Tensor, noise: Tensor, fake: Denoiser, real: Denoiser,
-                                   normalise: bool = True) -> Tensor:  # fmt: skip
+                                   weight: Tensor | None) -> Tensor:  # fmt: skip
     """w(s) [mu_fake(x_hat + s e; s) - mu_real(x_hat + s e; s)], the descent direction of the KL divergence.
 
     (mu_fake - mu_real) / s^2 is the difference of the two scores, the gradient of KL(fake_s || real_s) with respect
-    to the sample (Yin et al. 2024, DMD, equation 7). With `normalise`, w = 1 / mean |x_hat - mu_real| per sample
-    (equation 8), which gives all noise levels the same size; without, w = 1 / s^2.
+    to the sample (Yin et al. 2024, DMD, equation 7). weight: w(s), (B,). None takes DMD's equation 8,
+    w = 1 / mean |x_hat - mu_real| of each sample, which depends on the noise: over few dimensions that tilts the
+    expectation, and it diverges where the teacher agrees. `matching_weight` is the same size without that.
     """
     noisy = corrupt(x_hat, sigma, noise)
     mu_fake, mu_real = fake(noisy, sigma), real(noisy, sigma)
-    if not normalise:
-        return (mu_fake - mu_real) / _column(sigma, x_hat) ** 2
-    size = (x_hat - mu_real).abs().flatten(1).mean(1).clamp_min(1e-4)
-    return (mu_fake - mu_real) / _column(size, x_hat)
+    if weight is None:
+        weight = 1 / (x_hat - mu_real).abs().flatten(1).mean(1).clamp_min(1e-4)
+    return (mu_fake - mu_real) * _column(weight, x_hat)
+
+
+def matching_weight(sigma: Tensor, sigma_data: float) -> Tensor:
+    """w(s) = 1 / c_out(s) (B,): the gradient is then the difference of two raw EDM networks, F_fake - F_real."""
+    return (sigma**2 + sigma_data**2).sqrt() / (sigma * sigma_data)
 
 
 def follow(x_hat: Tensor, gradient: Tensor) -> Tensor:
@@ -46,8 +51,7 @@ def follow(x_hat: Tensor, gradient: Tensor) -> Tensor:
 def denoising_score_matching(x_hat: Tensor, sigma: Tensor, noise: Tensor, fake: Denoiser, weight: Tensor) -> Tensor:
     """E lambda(s) |mu_fake(sg(x_hat) + s e; s) - sg(x_hat)|^2. weight: (B,)."""
     target = x_hat.detach()
-    error = (fake(corrupt(target, sigma, noise), sigma) - target) ** 2
-    return (_column(weight, error) * error).mean()
+    return weighted_error(fake(corrupt(target, sigma, noise), sigma), target, weight)
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -66,9 +70,10 @@ def consistency_loss(x_hat: Tensor, target: Tensor, c: float = 0.03) -> Tensor:
     return ((squared + c**2).sqrt() - c).mean()
 
 
-def self_teacher_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    """E lambda(s) |D_b(x; s) - sg(D_full(x; s))|^2 (Presto-L). weight: (B,)."""
-    error = (student - teacher.detach()) ** 2
+def weighted_error(answer: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """E lambda(s) |D - sg(target)|^2: denoising with the data as target, Presto-L's self-teacher with D_full. weight:
+    (B,)."""
+    error = (answer - target.detach()) ** 2
     return (_column(weight, error) * error).mean()
 
 

@@ -10,20 +10,21 @@ and `fake_updates` of mu_fake and D between two of them:
 
     L_F   = lambda(s) |mu_fake(x_hat + s e; s) - x_hat|^2 + (D(x + s e) - 1)^2 + D(x_hat + s e)^2      s ~ p_dsm, p_gan
 
-Baselines are settings of the same code (`METHODS`): DMD2-style (a discrete ladder and inference levels everywhere),
-no GAN, and consistency distillation along the teacher's ODE.
+mu_fake and D are told s_g (`fake_score.py` says why). Baselines are settings of the same code (`METHODS`):
+DMD2-style (a discrete ladder, inference levels everywhere, nothing told), no GAN, and consistency distillation along
+the teacher's ODE.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..diffusion.precond import coefficients, loss_weight, precondition
 from ..diffusion.schedule import LayerSchedule
@@ -31,9 +32,9 @@ from ..errors import InvalidInput
 from ..models.dit import Condition, DiT
 from ..training.base import draw_batch, held_out_error
 from ..training.common import Ema
-from ..training.conditions import LatentSet
-from ..training.loop import Trainer, adamw
+from ..training.loop import adamw, compile_blocks
 from .discriminator import Head
+from .fake_score import FakeScore
 from .levels import check_levels, draw_levels
 from .losses import (
     consistency_loss,
@@ -43,12 +44,19 @@ from .losses import (
     distribution_matching_gradient,
     follow,
     generator_loss,
+    matching_weight,
 )
+from .trainer import Distiller
 
 
 @dataclass(frozen=True)
 class StepDistillation:
-    """Settings; the defaults are Presto-S. `tap`: block after which the discriminator listens (None: the middle)."""
+    """Settings; the defaults are Presto-S. tap: block after which the discriminator listens (None: the middle).
+
+    fake_told: whether mu_fake and the discriminator are told s_g. normalise: w of the matching gradient, by noise
+    "level" or by "sample" (see `losses.distribution_matching_gradient`). fake_layers: mu_fake drops the generator's
+    layers too (Presto-LS). sampling_steps: the packed model's default.
+    """
 
     minutes: float
     p_gen: str = "inference"
@@ -60,7 +68,11 @@ class StepDistillation:
     consistency: bool = False
     guidance: float = 2.0
     fake_updates: int = 5
+    fake_told: bool = True
+    fake_layers: bool = False
+    normalise: str = "level"
     tap: int | None = None
+    sampling_steps: int = 4
     generator_rate: float = 5e-5
     fake_rate: float = 1e-4
     tokens: int = 1_024
@@ -76,31 +88,51 @@ class StepDistillation:
             check_levels(name)
         if self.fake_updates < 1:
             raise InvalidInput(f"fake_updates must be at least 1, not {self.fake_updates}")
+        if self.normalise not in ("level", "sample"):
+            raise InvalidInput(f'normalise must be "level" or "sample", not {self.normalise!r}')
 
 
-#: the methods that are compared, as changes of the default
+#: latent frames in a batch on a CUDA GPU
+GPU_TOKENS = 16_384
+
+
+#: the methods and ablations that are compared, as changes of the default
 METHODS: dict[str, dict[str, Any]] = {
     "presto-s": {},
-    "dmd2": {"p_gen": "ladder:4", "p_dmd": "inference", "p_dsm": "inference", "p_gan": "inference"},
+    "dmd2": {"p_gen": "ladder:4", "p_dmd": "inference", "p_dsm": "inference", "p_gan": "inference",
+             "fake_told": False, "normalise": "sample"},
     "no-gan": {"gan_weight": 0.0},
-    "consistency": {"consistency": True, "dmd_weight": 0.0, "gan_weight": 0.0, "p_gen": "inference"},
-}
+    "consistency": {"consistency": True, "dmd_weight": 0.0, "gan_weight": 0.0},
+    "gen-train": {"p_gen": "train"},
+    "dmd-inference": {"p_dmd": "inference"},
+    "dsm-inference": {"p_dsm": "inference"},
+    "gan-inference": {"p_gan": "inference"},
+    "fake-untold": {"fake_told": False},
+    "sample-weight": {"normalise": "sample"},
+    "fake-layers": {"fake_layers": True},
+}  # fmt: skip
 
 
 def settings(method: str, minutes: float, **changes: Any) -> StepDistillation:
-    """The settings of a method by name. Raises InvalidInput, listing the methods, for an unknown one."""
+    """The settings of a method by name. Raises InvalidInput, listing what there is, for unknown methods and changes."""
     if method not in METHODS:
         raise InvalidInput(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+    known = [f.name for f in fields(StepDistillation)]
+    if unknown := sorted(set(changes) - set(known)):
+        raise InvalidInput(f"unknown settings {', '.join(unknown)}; there are {', '.join(known)}")
     return replace(StepDistillation(minutes), **{**METHODS[method], **changes})
 
 
 class Networks(Protocol):
-    """What the losses need of the networks: denoisers D(x, sigma, condition) and the discriminator's logits."""
+    """What the losses need of the networks: denoisers D(x, sigma, condition) and the discriminator's logits.
 
-    def generator(self, x: Tensor, sigma: Tensor, condition: Any) -> Tensor: ...
-    def fake(self, x: Tensor, sigma: Tensor, condition: Any) -> Tensor: ...
+    `origin`: the level s_g (B,) at which the generator made what is looked at.
+    """
+
+    def generate(self, x: Tensor, sigma: Tensor, condition: Any) -> Tensor: ...
     def real(self, x: Tensor, sigma: Tensor, condition: Any) -> Tensor: ...
-    def logits(self, x: Tensor, sigma: Tensor, condition: Any) -> Tensor: ...
+    def fake(self, x: Tensor, sigma: Tensor, condition: Any, origin: Tensor) -> Tensor: ...
+    def logits(self, x: Tensor, sigma: Tensor, condition: Any, origin: Tensor) -> Tensor: ...
 
 
 class StepLosses:
@@ -115,46 +147,49 @@ class StepLosses:
         self.networks, self.options, self.levels, self.gaussian = networks, options, levels, gaussian
         self.sigma_data, self.ladder = sigma_data, ladder
 
-    def generate(self, x: Tensor, condition: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def examples(self, x: Tensor, condition: Any) -> tuple[Tensor, Tensor, Tensor]:
         """(x_hat, its noisy input, s_g) from real samples x."""
         sigma = self.levels(self.options.p_gen, len(x))
         noisy = corrupt(x, sigma, self.gaussian(x))
-        return self.networks.generator(noisy, sigma, condition), noisy, sigma
+        return self.networks.generate(noisy, sigma, condition), noisy, sigma
 
     def fake_side(self, x: Tensor, condition: Any) -> dict[str, Tensor]:
         """Losses of mu_fake and the discriminator."""
         o, nets = self.options, self.networks
         with torch.no_grad():
-            x_hat = self.generate(x, condition)[0].float()
+            x_hat, _, origin = self.examples(x, condition)
+            x_hat = x_hat.float()
         sigma = self.levels(o.p_dsm, len(x))
-        weight = loss_weight(sigma, self.sigma_data)
         losses = {
             "fake_score": denoising_score_matching(
-                x_hat, sigma, self.gaussian(x), lambda y, s: nets.fake(y, s, condition), weight
+                x_hat, sigma, self.gaussian(x), lambda y, s: nets.fake(y, s, condition, origin),
+                loss_weight(sigma, self.sigma_data),
             )
-        }
+        }  # fmt: skip
         if o.gan_weight:
             level = self.levels(o.p_gan, len(x))
-            real = nets.logits(corrupt(x, level, self.gaussian(x)), level, condition)
-            generated = nets.logits(corrupt(x_hat, level, self.gaussian(x)), level, condition)
+            real = nets.logits(corrupt(x, level, self.gaussian(x)), level, condition, origin)
+            generated = nets.logits(corrupt(x_hat, level, self.gaussian(x)), level, condition, origin)
             losses["discriminator"] = o.gan_weight * discriminator_loss(real, generated)
         return losses
 
     def generator_side(self, x: Tensor, condition: Any) -> dict[str, Tensor]:
         """Losses of the generator."""
         o, nets, losses = self.options, self.networks, {}
-        x_hat, noisy, sigma = self.generate(x, condition)
+        x_hat, noisy, origin = self.examples(x, condition)
         if o.consistency:
-            losses["consistency"] = consistency_loss(x_hat, self.consistency_target(noisy, sigma, condition))
+            losses["consistency"] = consistency_loss(x_hat, self.consistency_target(noisy, origin, condition))
         if o.dmd_weight:
+            sigma = self.levels(o.p_dmd, len(x))
             gradient = distribution_matching_gradient(
-                x_hat.float(), self.levels(o.p_dmd, len(x)), self.gaussian(x),
-                lambda y, s: nets.fake(y, s, condition), lambda y, s: nets.real(y, s, condition),
+                x_hat.float(), sigma, self.gaussian(x), lambda y, s: nets.fake(y, s, condition, origin),
+                lambda y, s: nets.real(y, s, condition),
+                matching_weight(sigma, self.sigma_data) if o.normalise == "level" else None,
             )  # fmt: skip
             losses["matching"] = o.dmd_weight * follow(x_hat, gradient)
         if o.gan_weight:
             level = self.levels(o.p_gan, len(x))
-            logits = nets.logits(corrupt(x_hat, level, self.gaussian(x)), level, condition)
+            logits = nets.logits(corrupt(x_hat, level, self.gaussian(x)), level, condition, origin)
             losses["gan"] = o.gan_weight * generator_loss(logits)
         return losses
 
@@ -168,26 +203,32 @@ class StepLosses:
         column = (-1,) + (1,) * (noisy.dim() - 1)
         x0 = self.networks.real(noisy, sigma, condition)
         moved = x0 + (lower / sigma).view(column) * (noisy - x0)
-        answer = self.networks.generator(moved, lower, condition)
+        answer = self.networks.generate(moved, lower, condition)
         return torch.where((position <= low).view(column), x0, answer)
 
 
-class StepTrainer(Trainer):
-    """Runs `StepLosses` on diffusion transformers. `layers`: the generator's layer schedule (Presto-LS)."""
+class StepTrainer(Distiller):
+    """Runs `StepLosses` on diffusion transformers.
+
+    layers: the generator's layer schedule (Presto-LS), saved under `budget`. student: what the generator starts from,
+    the teacher unless it is given (Presto-LS: the layer-distilled model).
+    """
+
+    options: StepDistillation
 
     def __init__(self, data_root: str | Path, run_dir: str | Path, teacher: DiT, options: StepDistillation,
-                 device: str = "auto", layers: LayerSchedule | None = None,
-                 student: DiT | None = None) -> None:  # fmt: skip
-        super().__init__(run_dir, options.minutes, options.seed, device, options.checkpoint_minutes)
-        c = self.config = teacher.config
-        self.options, self.layers = options, layers or LayerSchedule.full(c.blocks)
+                 device: str = "auto", layers: LayerSchedule | None = None, student: DiT | None = None,
+                 budget: str = "100%") -> None:  # fmt: skip
+        super().__init__(data_root, run_dir, teacher.config, options, device)
+        c = self.config
+        self.layers, self.budget = layers or LayerSchedule.full(c.blocks), budget
+        if (student or teacher).config != c or self.layers.depth != c.blocks:
+            raise InvalidInput("teacher, student and layer schedule must be of one model configuration")
         self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
         self.model = copy.deepcopy(student or teacher).to(self.device).requires_grad_(True)
-        self.fake_model = copy.deepcopy(teacher).to(self.device).requires_grad_(True)
+        self.fake_model = FakeScore(teacher).to(self.device).requires_grad_(True)
         self.head = Head(c.width).to(self.device)
-        self.tap = options.tap if options.tap is not None else c.blocks // 2
-        self.train_set = LatentSet(data_root, "train", self.device)
-        self.val_set = LatentSet(data_root, "val", self.device)
+        self.tap = options.tap if options.tap is not None else max(1, c.blocks // 2)
         self.ema = Ema(self.model, options.ema_decay)
         self.modules = {"model": self.model, "fake": self.fake_model, "head": self.head}
         betas = (0.0, 0.99)  # no momentum: the two sides chase each other
@@ -198,28 +239,21 @@ class StepTrainer(Trainer):
         }
         self.losses = StepLosses(self, options, self.levels, self.gaussian, c.sigma_data,
                                  (c.sigma_min, c.sigma_max, c.rho))  # fmt: skip
+        compile_blocks(self.teacher, self.model, self.fake_model)
 
-    def describe(self) -> dict[str, Any]:
-        return {"options": asdict(self.options), "layers": self.layers.to_json()}
+    def sampling(self) -> dict[str, Any]:
+        layers = {} if self.budget == "100%" else {"layers": self.budget}
+        return {"steps": self.options.sampling_steps, "sampler": "few_step", "guidance": 1.0, **layers}
+
+    def schedules(self) -> dict[str, LayerSchedule]:
+        return {self.budget: self.layers}
 
     def levels(self, name: str, count: int) -> Tensor:
         return draw_levels(name, self.uniforms(count), self.config)
 
-    def generator(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    def generate(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """G: each clip with the blocks that the layer schedule gives its own level."""
-        rows: dict[tuple[int, ...], list[int]] = {}
-        for i, s in enumerate(sigma.tolist()):
-            rows.setdefault(self.layers.blocks(s), []).append(i)
-        out = torch.empty_like(x)
-        for blocks, clips in rows.items():
-            index = torch.tensor(clips, device=x.device)
-            given = Condition(*(getattr(condition, k)[index] for k in condition.__dataclass_fields__))
-            out = out.index_copy(0, index, self.denoise(self.model, x[index], sigma[index], given, blocks))
-        return out
-
-    def fake(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """mu_fake, full depth."""
-        return self.denoise(self.fake_model, x, sigma, condition)
+        return self.scheduled(self.model, x, sigma, condition)
 
     def real(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """mu_real: the guided teacher, full depth, both branches in one batch."""
@@ -227,51 +261,68 @@ class StepTrainer(Trainer):
         d_c, d_u = self.denoise(self.teacher, torch.cat([x, x]), torch.cat([sigma, sigma]), doubled).chunk(2)
         return d_u + self.options.guidance * (d_c - d_u)
 
-    def logits(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    def fake(self, x: Tensor, sigma: Tensor, condition: Condition, origin: Tensor) -> Tensor:
+        """mu_fake, told s_g."""
+        if self.options.fake_layers:
+            return self.scheduled(self.fake_model, x, sigma, condition, self.told(origin))
+        return self.denoise(self.fake_model, x, sigma, condition, None, self.told(origin))
+
+    def logits(self, x: Tensor, sigma: Tensor, condition: Condition, origin: Tensor) -> Tensor:
         """The discriminator, listening to mu_fake's activations after `tap` blocks."""
         _, _, c_in, time = coefficients(sigma, self.config.network, self.config.sigma_data)
-        return self.head(self.fake_model.hidden(c_in[:, None, None] * x, time, condition, self.tap))
+        scaled = c_in[:, None, None] * x
+        return self.head(self.fake_model.hidden(scaled, time, condition, self.tap, self.told(origin)))
+
+    def told(self, origin: Tensor) -> Tensor:
+        """What mu_fake hears of s_g: ln(s_g) / 4, or always the same."""
+        return origin.log() / 4 if self.options.fake_told else torch.zeros_like(origin)
 
     def denoise(self, model: DiT, x: Tensor, sigma: Tensor, condition: Condition,
-                blocks: tuple[int, ...] | None = None) -> Tensor:  # fmt: skip
-        return precondition(model, x, sigma, condition, blocks,
+                blocks: tuple[int, ...] | None = None, budget: float | Tensor | None = None) -> Tensor:  # fmt: skip
+        return precondition(model, x, sigma, condition, blocks, budget,
                             kind=self.config.network, sigma_data=self.config.sigma_data)  # fmt: skip
 
+    def scheduled(self, model: DiT, x: Tensor, sigma: Tensor, condition: Condition,
+                  told: Tensor | None = None) -> Tensor:  # fmt: skip
+        """D of a batch in which each clip runs the blocks of its own level; told: (B,), None for the schedule's."""
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for i, s in enumerate(sigma.tolist()):
+            rows.setdefault(self.layers.blocks(s), []).append(i)
+        out = torch.empty_like(x)
+        for blocks, clips in rows.items():
+            index = torch.tensor(clips, device=x.device)
+            budget = self.layers.budget(float(sigma[clips[0]])) if told is None else told[index]
+            part = self.denoise(model, x[index], sigma[index], condition.take(index), blocks, budget)
+            out = out.index_copy(0, index, part)
+        return out
+
     def train_step(self, progress: float) -> dict[str, float]:
+        """`fake_updates` of the fake score and the discriminator, then one of the generator."""
         o, logged = self.options, {}
+        batches = []
         for _ in range(0 if o.consistency else o.fake_updates):
-            losses = self.backward(self.losses.fake_side)
-            self.update("fake", o.fake_rate, progress)
+            losses, x = self.backward(self.losses.fake_side)
+            self.update("fake", o.fake_rate, progress, o.clip)
             if o.gan_weight:
-                self.update("head", o.fake_rate, progress)
+                self.update("head", o.fake_rate, progress, o.clip)
             logged |= losses
-        losses = self.backward(self.losses.generator_side)
-        self.update("model", o.generator_rate, progress)
-        for other in ("fake", "head"):
+            batches.append(x)
+        losses, x = self.backward(self.losses.generator_side)
+        self.update("model", o.generator_rate, progress, o.clip)
+        for other in ("fake", "head"):  # they judged, and collected gradients that are not theirs
             self.modules[other].zero_grad(set_to_none=True)
-        self.ema.update(self.model)
-        self.step += 1
+        self.count(*batches, x)
         return {"loss": sum(losses.values())} | losses | logged
 
-    def backward(self, side: Callable[[Tensor, Condition], dict[str, Tensor]]) -> dict[str, float]:
-        """Gradients of one side's losses on a fresh batch."""
+    def backward(self, side: Callable[[Tensor, Condition], dict[str, Tensor]]) -> tuple[dict[str, float], Tensor]:
+        """Gradients of one side's losses on a fresh batch; returns the losses and the batch."""
         o = self.options
         x, condition = draw_batch(self.train_set, self.rng, o.tokens, o.frames, o.control_dropout)
         with torch.autocast(self.device.type, torch.bfloat16):
             losses = side(x, condition)
         torch.stack([v.float() for v in losses.values()]).sum().backward()
-        self.frames_seen += x.shape[0] * x.shape[1]
-        return {k: float(v.detach()) for k, v in losses.items()}
-
-    def update(self, name: str, rate: float, progress: float) -> None:
-        module = self.modules[name]
-        nn.utils.clip_grad_norm_(module.parameters(), self.options.clip)
-        self.set_rate(name, rate, progress)
-        self.optimizers[name].step()
-        module.zero_grad(set_to_none=True)
+        return {k: float(v.detach()) for k, v in losses.items()}, x
 
     def validate(self) -> dict[str, float]:
         """Held-out error: no figure of quality (a generator samples, it does not average), but it shows divergence."""
-        model = copy.deepcopy(self.model)
-        self.ema.copy_to(model)
-        return held_out_error(model.eval(), self.val_set)
+        return held_out_error(self.averaged(), self.val_set, layers=self.layers)

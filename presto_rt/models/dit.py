@@ -42,6 +42,10 @@ class Condition:
     beat: Tensor
     key: Tensor
 
+    def take(self, index: Tensor) -> Condition:
+        """The clips at `index`."""
+        return Condition(*(getattr(self, k)[index] for k in self.__dataclass_fields__))
+
     def cat(self, other: Condition) -> Condition:
         """Stack two batches of conditions with equal T (texts are padded to the longer)."""
         length = max(self.text.shape[1], other.text.shape[1])
@@ -60,11 +64,12 @@ class Condition:
         return Condition(*(getattr(self, k).to(device) for k in self.__dataclass_fields__))
 
 
-def beat_features(frames: int, frame_seconds: float, bpm: float | None, beats_per_bar: int = 4, offset: float = 0.0,
-                  start: float = 0.0) -> Tensor:  # fmt: skip
+def beat_features(frames: int, frame_seconds: float, bpm: float | Tensor | None, beats_per_bar: int | Tensor = 4,
+                  offset: float | Tensor = 0.0, start: float | Tensor = 0.0) -> Tensor:  # fmt: skip
     """(frames, 5) beat-phase input: phases of beat and bar at each latent frame's centre; zeros when `bpm` is None.
 
-    offset: time in seconds of the first downbeat; start: time of frame 0 (for crops).
+    offset: time in seconds of the first downbeat; start: time of frame 0 (for crops). With (B, 1) fp64 tensors in
+    place of the numbers: (B, frames, 5).
     """
     if bpm is None:
         return torch.zeros(frames, BEAT_CHANNELS)
@@ -194,12 +199,15 @@ class DiT(nn.Module):
 
     def condition_vector(self, c_noise: Tensor, condition: Condition, budget: Tensor) -> Tensor:
         """(B, width) vector that every modulation row is made from. budget: (B,) fraction of blocks that run."""
+        return F.silu(self.condition_sum(c_noise, condition, budget))
+
+    def condition_sum(self, c_noise: Tensor, condition: Condition, budget: Tensor) -> Tensor:
+        """`condition_vector` before its SiLU: the sum of one embedding for each input."""
         dtype = self.noise[0].weight.dtype
         vector = self.noise(fourier(c_noise, 256).to(dtype))
         vector = vector + self.length(fourier(condition.seconds.clamp_min(0.1).log() / 5, 256).to(dtype))
         vector = vector + self.budget(fourier(budget, 256).to(dtype))
-        vector = vector + self.pooled(condition.pooled.to(dtype)) + self.key(condition.key.to(dtype))
-        return F.silu(vector)
+        return vector + self.pooled(condition.pooled.to(dtype)) + self.key(condition.key.to(dtype))
 
     def null(self, like: Condition) -> Condition:
         """The condition with its text and key dropped: the unconditional branch of guidance."""
@@ -210,25 +218,26 @@ class DiT(nn.Module):
         return replace(like, text=text, text_mask=mask, pooled=pooled, key=torch.zeros_like(like.key))
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: Condition, blocks: Sequence[int] | None = None,
-                budget: float | None = None) -> Tensor:  # fmt: skip
+                budget: float | Tensor | None = None) -> Tensor:  # fmt: skip
         """x: (B, T, C) scaled by c_in; c_noise: (B,); blocks: which run, in order (None: all). Returns (B, T, C).
 
-        budget: the share of blocks that the network is told will run; None tells the truth.
+        budget: the share of blocks that the network is told will run, one for all clips or (B,); None tells the truth.
         """
         run = range(len(self.blocks)) if blocks is None else blocks
         h, cond = self.trunk(x, c_noise, condition, run, len(run) / len(self.blocks) if budget is None else budget)
         shift, scale = self.modulation(cond)[:, None].chunk(2, -1)
         return self.output(norm(h) * (1 + scale) + shift)
 
-    def hidden(self, x: Tensor, c_noise: Tensor, condition: Condition, depth: int) -> Tensor:
-        """Activations (B, T, width) after the first `depth` blocks of a full-depth run."""
-        return self.trunk(x, c_noise, condition, range(depth), 1.0)[0]
+    def hidden(self, x: Tensor, c_noise: Tensor, condition: Condition, depth: int,
+               budget: float | Tensor = 1.0) -> Tensor:  # fmt: skip
+        """Activations (B, T, width) after the first `depth` blocks of a run that is told `budget`."""
+        return self.trunk(x, c_noise, condition, range(depth), budget)[0]
 
     def trunk(self, x: Tensor, c_noise: Tensor, condition: Condition, blocks: Sequence[int],
-              budget: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+              budget: float | Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Activations after `blocks`, and the condition vector."""
         dtype = self.input.weight.dtype
-        told = torch.full_like(c_noise, budget, dtype=torch.float32)
+        told = budget * torch.ones_like(c_noise, dtype=torch.float32)
         cond = self.condition_vector(c_noise, condition, told)
         rope = rotary_table(x.shape[1], self.config.head_dim, x.device)
         text = condition.text.to(dtype)

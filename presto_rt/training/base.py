@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import ModelConfig, preset
 from ..diffusion.precond import loss_weight, precondition
-from ..diffusion.schedule import training_levels
+from ..diffusion.schedule import LayerSchedule, training_levels
 from ..errors import InvalidInput
 from ..models.dit import Condition, DiT, drop_text
 from .common import Ema, load_checkpoint
 from .conditions import LatentSet
-from .loop import Trainer, adamw, part
+from .loop import Trainer, adamw, compile_blocks, large_batches, part
 
 VALIDATION_SIGMAS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 4.0)
 
@@ -55,17 +55,18 @@ def denoising_loss(
 
 @torch.inference_mode()
 def held_out_error(
-    model: DiT, held_out: LatentSet, clips: int = 16, frames: int = 128, blocks: tuple[int, ...] | None = None
+    model: DiT, held_out: LatentSet, clips: int = 16, frames: int = 128, layers: LayerSchedule | None = None
 ) -> dict[str, float]:
     """E|D - x|^2 / sigma_data^2 at fixed noise levels on the same held-out crops every time, conditions given."""
     config = model.config
+    layers = layers or LayerSchedule.full(config.blocks)
     x, condition = held_out.batch(np.random.default_rng(1), clips, frames, control_dropout=0.0)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.device)
     out = {}
     for s in VALIDATION_SIGMAS:
         sigma = torch.full((clips,), s, device=x.device)
         with torch.autocast(x.device.type, torch.bfloat16):
-            x0 = precondition(model, x + s * noise, sigma, condition, blocks,
+            x0 = precondition(model, x + s * noise, sigma, condition, layers.blocks(s), layers.budget(s),
                               kind=config.network, sigma_data=config.sigma_data)  # fmt: skip
         out[f"val_{s:g}"] = float(((x0 - x) ** 2).mean()) / config.sigma_data**2
     return out
@@ -92,7 +93,7 @@ class BaseTrainer(Trainer):
         self.ema = Ema(self.model, options.ema_decay)
         self.modules = {"model": self.model}
         self.optimizers = {"model": adamw(self.model, options.learning_rate, (0.9, 0.98), options.weight_decay)}
-        self.network: Any = torch.compile(self.model, dynamic=False) if self.device.type == "cuda" else self.model
+        compile_blocks(self.model)
 
     def describe(self) -> dict[str, Any]:
         return {"options": asdict(self.options)}
@@ -113,21 +114,14 @@ class BaseTrainer(Trainer):
         condition = drop_text(self.model, condition, dropped)
         sigma = training_levels(self.uniforms(len(x)), o.p_mean, o.p_std)
         with torch.autocast(self.device.type, torch.bfloat16):
-            loss = denoising_loss(self.network, self.config, x, condition, sigma, self.gaussian(x))
+            loss = denoising_loss(self.model, self.config, x, condition, sigma, self.gaussian(x))
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), o.clip)
-        self.set_rate("model", o.learning_rate, progress)
-        self.optimizers["model"].step()
-        self.model.zero_grad(set_to_none=True)
-        self.ema.update(self.model)
-        self.step += 1
-        self.frames_seen += x.shape[0] * x.shape[1]
+        self.update("model", o.learning_rate, progress, o.clip)
+        self.count(x)
         return {"loss": float(loss.detach())}
 
     def validate(self) -> dict[str, float]:
-        model = DiT(self.config).to(self.device)
-        self.ema.copy_to(model)
-        return held_out_error(model.eval(), self.val_set)
+        return held_out_error(self.averaged(), self.val_set)
 
 
 def train_base(data_root: str | Path, run_dir: str | Path, minutes: float, *, device: str = "auto",
@@ -137,8 +131,7 @@ def train_base(data_root: str | Path, run_dir: str | Path, minutes: float, *, de
 
     With a CUDA GPU: compiled, data on the device, and batches of 65,536 frames unless `tokens` says otherwise.
     """
-    cuda = device != "cpu" and torch.cuda.is_available()
-    options.setdefault("tokens", 65_536 if cuda else BaseTraining.tokens)
+    options.setdefault("tokens", 65_536 if large_batches(device) else BaseTraining.tokens)
     trainer = BaseTrainer(data_root, run_dir, preset(model), BaseTraining(minutes=minutes, **options), device)
     if start_from is not None and not trainer.checkpoint.is_file():
         trainer.start_from(Path(start_from))

@@ -48,15 +48,16 @@ def schedule(progress: float, *, warmup: float = 0.02, final: float = 0.02, shap
 class Stopper:
     """Says when a run is over: at its deadline, or after SIGINT or SIGTERM.
 
-    `minutes` is the whole budget; `used_seconds` is what earlier runs of the same training have used of it. Use it as
-    a context manager: signal handlers are installed on entry and put back on exit (only in the main thread, where
-    Python allows it).
+    `minutes` is the whole budget; `used_seconds` is what earlier runs of the same training have used of it. `limit`:
+    minutes after which this run stops with its budget unspent, to go on later. Use it as a context manager: signal
+    handlers are installed on entry and put back on exit (only in the main thread, where Python allows it).
     """
 
-    def __init__(self, minutes: float, used_seconds: float = 0.0) -> None:
+    def __init__(self, minutes: float, used_seconds: float = 0.0, limit: float | None = None) -> None:
         if not minutes > 0:
             raise InvalidInput(f"minutes must be above 0, got {minutes}")
         self.budget_seconds = minutes * 60.0
+        self.limit_seconds = math.inf if limit is None else limit * 60.0
         self.used_before = used_seconds
         self.signalled = False
         self._start = time.monotonic()
@@ -90,8 +91,9 @@ class Stopper:
         return max(self.budget_seconds - self.elapsed(), 0.0)
 
     def should_stop(self) -> bool:
-        """True after a signal or at the deadline."""
-        return self.signalled or self.elapsed() >= self.budget_seconds
+        """True after a signal, at the deadline or at this run's limit."""
+        used = self.elapsed()
+        return self.signalled or used >= self.budget_seconds or used - self.used_before >= self.limit_seconds
 
 
 class Ema:

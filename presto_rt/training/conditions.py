@@ -51,8 +51,8 @@ class LatentSet:
         known = {item.id: item for item in load_manifest(root).items}
         self.pieces = [self._piece(entry, known[entry["id"]]) for entry in json.loads(index.read_text())["items"]]
         self.pieces = [p for p in self.pieces if p.captions]
-        weights = np.array([p.frames for p in self.pieces], dtype=np.float64)
-        self.probability = weights / weights.sum()
+        self.frames = np.array([p.frames for p in self.pieces])
+        self.probability = self.frames / self.frames.sum()
         self._encode_captions(root / "latents" / f"{split}.captions.safetensors")
 
     @staticmethod
@@ -71,7 +71,7 @@ class LatentSet:
         if cache.is_file():
             saved = load_file(cache)
             if torch.equal(saved["key"], key):
-                self.tokens, self.offsets = saved["tokens"].to(self.device), saved["offsets"]
+                self.tokens, self.offsets = saved["tokens"].to(self.device), saved["offsets"].numpy()
                 return
         encoder, states, lengths = load_text_encoder(), [], [0]
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
@@ -83,9 +83,8 @@ class LatentSet:
         for i in range(len(captions)):
             states.append(encoded[i])
             lengths.append(lengths[-1] + len(encoded[i]))
-        self.tokens, self.offsets = torch.cat(states), torch.tensor(lengths)
-        save_file({"key": key, "tokens": self.tokens, "offsets": self.offsets}, cache)
-        self.tokens = self.tokens.to(self.device)
+        save_file({"key": key, "tokens": torch.cat(states), "offsets": torch.tensor(lengths)}, cache)
+        self.tokens, self.offsets = torch.cat(states).to(self.device), np.array(lengths)
 
     def batch(
         self, rng: np.random.Generator, size: int, frames: int, control_dropout: float = 0.3
@@ -94,26 +93,35 @@ class LatentSet:
 
         Tempo and key are left out, each by itself, with probability control_dropout.
         """
-        fits = np.array([p.frames >= frames for p in self.pieces])
+        fits = self.frames >= frames
         if not fits.any():
             raise InvalidInput(f"no piece has {frames} latent frames ({frames * FRAME_SECONDS:.0f} s)")
         probability = self.probability * fits
         chosen = rng.choice(len(self.pieces), size, p=probability / probability.sum())
-        crops, texts, beats, keys = [], [], [], []
-        for i in chosen:
-            piece = self.pieces[i]
-            start = int(rng.integers(0, piece.frames - frames + 1))
-            crops.append(self.latents[piece.start + start : piece.start + start + frames])
-            caption = self.first_caption[i] + rng.integers(len(piece.captions))
-            texts.append(self.tokens[self.offsets[caption] : self.offsets[caption + 1]])
-            bpm = None if rng.random() < control_dropout else piece.bpm
-            beats.append(beat_features(frames, FRAME_SECONDS, bpm, piece.beats_per_bar, piece.beat_offset,
-                                       start * FRAME_SECONDS))  # fmt: skip
-            keys.append(key_features(None if rng.random() < control_dropout else piece.key))
-        text = torch.nn.utils.rnn.pad_sequence([t.float() for t in texts], batch_first=True)
-        lengths = torch.tensor([len(t) for t in texts], device=self.device)
-        mask = torch.arange(text.shape[1], device=self.device) < lengths[:, None]
-        pooled = text.sum(1) / lengths[:, None]
-        seconds = torch.full((size,), frames * FRAME_SECONDS, device=self.device)
-        condition = Condition(text, mask, pooled, seconds, torch.stack(beats), torch.tensor(keys))
-        return torch.stack(crops).float(), condition.to(self.device)
+        starts = rng.integers(0, self.frames[chosen] - frames + 1)
+        captions = self.first_caption[chosen] + rng.integers(0, np.diff(self.first_caption)[chosen])
+        told = rng.random((size, 2)) >= control_dropout
+        pieces = [self.pieces[i] for i in chosen]
+        rows = torch.from_numpy(np.array([p.start for p in pieces]) + starts).to(self.device)
+        crops = self.latents[rows[:, None] + torch.arange(frames, device=self.device)].float()
+        tempo = torch.tensor([[p.bpm or 0.0, p.beats_per_bar, p.beat_offset] for p in pieces], dtype=torch.float64)
+        bpm, bar, offset = tempo[:, :, None].unbind(1)
+        begin = torch.from_numpy(starts * FRAME_SECONDS)[:, None]
+        beats = beat_features(frames, FRAME_SECONDS, bpm, bar, offset, begin)
+        beats = beats * torch.from_numpy(told[:, 0, None, None]) * (bpm > 0)[:, :, None]
+        keys = torch.tensor([key_features(p.key if t else None) for p, t in zip(pieces, told[:, 1], strict=True)])
+        text, mask, pooled = self.texts(captions)
+        seconds = torch.full((size,), frames * FRAME_SECONDS)
+        return crops, Condition(text, mask, pooled, seconds, beats, keys).to(self.device)
+
+    def texts(self, captions: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Token states (B, L, 384) fp32, mask (B, L) and mean (B, 384) of captions by number.
+
+        L is the longest caption's length: of these, or on a GPU of the whole split, so that shapes stay the same.
+        """
+        begins, lengths = self.offsets[captions], np.diff(self.offsets)[captions]
+        longest = int((lengths if self.device.type == "cpu" else np.diff(self.offsets)).max())
+        places = begins[:, None] + np.minimum(np.arange(longest), lengths[:, None] - 1)
+        mask = torch.from_numpy(np.arange(longest) < lengths[:, None]).to(self.device)
+        text = self.tokens[torch.from_numpy(places).to(self.device)].float() * mask[..., None]
+        return text, mask, text.sum(1) / mask.sum(1, keepdim=True)

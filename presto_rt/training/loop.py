@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import InvalidInput
+from ..models.dit import DiT
 from .common import (
     Ema,
     Stopper,
@@ -31,6 +32,23 @@ def pick_device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
+def large_batches(device: str) -> bool:
+    """Whether a run on that device should have a GPU's batch size by default."""
+    return pick_device(device).type == "cuda"
+
+
+def compile_blocks(*models: nn.Module) -> None:
+    """Compile each transformer block in place where the models lie on a CUDA GPU.
+
+    Blocks share their code, so any choice of blocks, batch and crop length costs a handful of compilations together;
+    a whole network would be compiled again for each. State dicts keep their names.
+    """
+    for model in models:
+        if next(model.parameters()).device.type == "cuda":
+            for block in model.get_submodule("blocks").children():
+                block.compile()
+
+
 def adamw(module: nn.Module, learning_rate: float, betas: tuple[float, float], decay: float) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices alone."""
     matrices = [p for p in module.parameters() if p.dim() > 1]
@@ -42,8 +60,8 @@ def adamw(module: nn.Module, learning_rate: float, betas: tuple[float, float], d
 class Trainer(ABC):
     """A run: modules and optimizers by name, one EMA, random state, and what it has used of its budget.
 
-    A subclass fills `modules` and `optimizers`, sets `ema` and `network` (the module that the EMA follows), and
-    defines `train_step` and `validate`. A killed run loses at most `checkpoint_minutes`.
+    A subclass fills `modules` and `optimizers`, sets `ema` (which follows the module called "model"), and defines
+    `train_step` and `validate`. A killed run loses at most `checkpoint_minutes`.
     """
 
     modules: dict[str, nn.Module]
@@ -70,6 +88,12 @@ class Trainer(ABC):
     def describe(self) -> dict[str, Any]:
         """What else the checkpoint says of the run (JSON)."""
         return {}
+
+    def averaged(self) -> DiT:
+        """A network with the averaged weights, to look at."""
+        model = DiT(self.config).to(self.device)
+        self.ema.copy_to(model)
+        return model.eval()
 
     @property
     def checkpoint(self) -> Path:
@@ -110,9 +134,20 @@ class Trainer(ABC):
                 raise InvalidInput(f"{self.checkpoint} exists: say --resume to go on, or choose another --run")
             self.resume()
 
-    def set_rate(self, name: str, learning_rate: float, progress: float) -> None:
-        for group in self.optimizers[name].param_groups:
+    def update(self, name: str, learning_rate: float, progress: float, clip: float) -> None:
+        """Clipped update of one module from its gradients, at `learning_rate` as decayed at `progress`; clears them."""
+        module, optimizer = self.modules[name], self.optimizers[name]
+        nn.utils.clip_grad_norm_(module.parameters(), clip)
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(progress, final=0.01)
+        optimizer.step()
+        module.zero_grad(set_to_none=True)
+
+    def count(self, *batches: Tensor) -> None:
+        """End a step that updated the model from `batches` (B, T, C): average the weights, count step and frames."""
+        self.ema.update(self.modules["model"])
+        self.step += 1
+        self.frames_seen += sum(x.shape[0] * x.shape[1] for x in batches)
 
     def uniforms(self, size: int) -> Tensor:
         """(size,) stratified uniform numbers in (0, 1), in random order."""
@@ -123,13 +158,13 @@ class Trainer(ABC):
     def gaussian(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.generator, device=self.device)
 
-    def run(self, progress_bar: bool = True) -> dict[str, float]:
-        """Train until the budget ends or a signal comes; returns the last validation figures."""
+    def run(self, progress_bar: bool = True, limit: float | None = None) -> dict[str, float]:
+        """Train until the budget ends, a signal comes or `limit` minutes are over; returns the last validation."""
         from tqdm import tqdm
 
         logger = TrainLog(self.run_dir, self.step)
         smooth: dict[str, float] = {}
-        with Stopper(self.minutes, self.used_seconds) as stop, tqdm(
+        with Stopper(self.minutes, self.used_seconds, limit) as stop, tqdm(
             total=round(self.minutes * 60), initial=round(self.used_seconds), disable=not progress_bar,
             bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}", mininterval=2,
         ) as bar:  # fmt: skip

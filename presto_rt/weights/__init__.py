@@ -1,6 +1,7 @@
 """Weights folders: config.json beside safetensors shards under 15 MB, every file checked by its SHA-256 when loaded.
 
 config.json   {"format": 1, "model": {...}, "codec": {...}, "defaults": {...}, "training": {...},
+               "layers": {"70%": schedule, ...}, "quality": [{"steps", "layers", "kid"}, ...],
                "files": {"dit-00001.safetensors": {"sha256": ..., "bytes": ...}, ...}}
 <part>-NNNNN.safetensors   tensors of one part ("dit", "codec"), named as in `presto_rt.models`
 """
@@ -27,10 +28,14 @@ _HERE = Path(__file__).parent
 
 @dataclass
 class Weights:
-    """A loaded folder: its config.json without the file table, and the tensors of each part by name."""
+    """A loaded folder: its config.json without the file table, and the tensors of each part by name.
+
+    digest: SHA-256 of config.json, which holds the shards' own; it names the weights.
+    """
 
     config: dict[str, Any]
     parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    digest: str = ""
 
 
 def shipped() -> list[str]:
@@ -55,14 +60,15 @@ def load(name_or_folder: str | os.PathLike[str]) -> Weights:
 
     folder = locate(name_or_folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        text = (folder / "config.json").read_text()
+        config = json.loads(text)
         files = config.pop("files")
         version = config["format"]
     except (OSError, ValueError, KeyError) as error:
         raise WeightsError(f"{folder / 'config.json'} is damaged ({error}); restore it") from error
     if version != FORMAT:
         raise WeightsError(f"{folder} has weights of format {version}; this version reads format {FORMAT}")
-    weights = Weights(config)
+    weights = Weights(config, digest=hashlib.sha256(text.encode()).hexdigest())
     for name, expected in files.items():
         path = folder / name
         try:

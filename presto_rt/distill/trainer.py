@@ -1,0 +1,82 @@
+"""What both distillations share: reading the teacher, and a trainer that starts from one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from .. import weights
+from ..config import ModelConfig
+from ..diffusion.schedule import LayerSchedule
+from ..errors import InvalidInput, WeightsError
+from ..models.dit import DiT
+from ..training.common import load_checkpoint
+from ..training.conditions import LatentSet
+from ..training.loop import Trainer, part
+
+#: settings that may change when a run goes on
+FREE = ("minutes", "checkpoint_minutes")
+
+
+def load_network(where: str | os.PathLike[str]) -> DiT:
+    """The transformer of a checkpoint file, a run folder (their averaged weights), a weights folder or a shipped model.
+
+    Float32 on the CPU, of any network kind: `diffusion.precond` makes the same denoiser of all. Raises WeightsError.
+    """
+    path = Path(where)
+    checkpoint = path / "checkpoint.safetensors" if path.is_dir() else path
+    if checkpoint.is_file():
+        tensors, meta = load_checkpoint(checkpoint)
+        state, config = part(tensors, "ema"), meta["config"]
+    else:
+        loaded = weights.load(where)
+        state, config = loaded.parts["dit"], loaded.config["model"]
+    network = DiT(ModelConfig.from_dict(config))
+    try:
+        network.load_state_dict({k: v.float() for k, v in state.items()})
+    except RuntimeError as error:
+        raise WeightsError(f"the weights of {where} do not fit this version: {str(error).splitlines()[0]}") from error
+    return network
+
+
+class Distiller(Trainer):
+    """A trainer whose networks start from a teacher's.
+
+    `options` is one of the settings dataclasses; `method` only names them in the checkpoint. A subclass fills what
+    `Trainer` asks for, and says in `sampling` and `schedules` how its model is meant to be run.
+    """
+
+    def __init__(self, data_root: str | Path, run_dir: str | Path, config: ModelConfig, options: Any,
+                 device: str) -> None:  # fmt: skip
+        super().__init__(run_dir, options.minutes, options.seed, device, options.checkpoint_minutes)
+        self.config, self.options = config, options
+        self.train_set = LatentSet(data_root, "train", self.device)
+        self.val_set = LatentSet(data_root, "val", self.device)
+
+    def sampling(self) -> dict[str, Any]:
+        """Defaults for `presto_rt.pipeline.Defaults`; empty: the teacher's."""
+        return {}
+
+    def schedules(self) -> dict[str, LayerSchedule]:
+        """Layer schedules that the model has learned, by the name of their budget."""
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        schedules = {name: schedule.to_json() for name, schedule in self.schedules().items()}
+        return {"options": asdict(self.options), "defaults": self.sampling(), "layers": schedules}
+
+    def resume(self) -> None:
+        """Go on from the run folder's checkpoint; raises InvalidInput where it was made with other settings."""
+        saved = load_checkpoint(self.checkpoint)[1]["options"]
+        now = asdict(self.options)
+        names = [f.name for f in fields(self.options) if f.name not in FREE]
+        other = [n for n in names if saved.get(n) != _as_json(now[n])]
+        if other:
+            raise InvalidInput(f"{self.checkpoint} was trained with other {', '.join(other)}; choose another --run")
+        super().resume()
+
+
+def _as_json(value: Any) -> Any:
+    return [_as_json(v) for v in value] if isinstance(value, list | tuple) else value

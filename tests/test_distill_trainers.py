@@ -1,0 +1,265 @@
+"""The distillation trainers, with a tiny model on a small synthetic set of latents."""
+
+from __future__ import annotations
+
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from presto_rt.config import preset
+from presto_rt.diffusion.precond import precondition
+from presto_rt.diffusion.schedule import LayerSchedule
+from presto_rt.distill import layers, steps
+from presto_rt.distill.fake_score import FakeScore
+from presto_rt.distill.run import distil_both, distil_layers, distil_steps, saved_schedules, used_minutes
+from presto_rt.distill.trainer import Distiller, load_network
+from presto_rt.errors import InvalidInput, WeightsError
+from presto_rt.models.dit import DiT
+from presto_rt.training.common import load_checkpoint
+from presto_rt.training.synthetic import write_latents
+
+SMALL: dict[str, Any] = {"tokens": 96, "frames": ((24, 1.0),)}
+
+
+def random_network(network: str = "edm") -> DiT:
+    torch.manual_seed(0)
+    model = DiT(replace(preset("tiny"), network=network))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return model
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_latents(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="module")
+def teacher() -> DiT:
+    return random_network()
+
+
+def layer_trainer(data: Path, run: Path, teacher: DiT, method: str = "presto-l", **changes: Any) -> layers.LayerTrainer:
+    return layers.LayerTrainer(data, run, teacher, layers.settings(method, 1.0, **SMALL | changes), "cpu")
+
+
+def step_trainer(data: Path, run: Path, teacher: DiT, method: str = "presto-s", **changes: Any) -> steps.StepTrainer:
+    chosen = {"fake_updates": 2, **SMALL, **changes}
+    return steps.StepTrainer(data, run, teacher, steps.settings(method, 1.0, **chosen), "cpu")
+
+
+def parameters(trainer: Distiller) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for m in trainer.modules.values() for p in m.parameters()])
+
+
+def moved(before: DiT, after: torch.nn.Module) -> float:
+    old = dict(before.named_parameters())
+    return max(float((p - old[name]).abs().max().detach()) for name, p in after.named_parameters() if name in old)
+
+
+@pytest.mark.parametrize("method", layers.METHODS)
+def test_every_layer_method_trains(method: str, data_root: Path, tmp_path: Path, teacher: DiT) -> None:
+    trainer = layer_trainer(data_root, tmp_path, teacher, method)
+    for _ in range(3):
+        logged = trainer.train_step(0.5)
+        assert all(math.isfinite(v) for v in logged.values())
+    assert moved(teacher, trainer.model) > 0
+    assert trainer.step == 3
+    assert trainer.frames_seen == 3 * 96
+    for name, schedule in trainer.schedules().items():
+        shifted, told = trainer.options.shifted, trainer.options.budget_input
+        assert schedule.told is told
+        for _, blocks in schedule.rows:
+            assert blocks == ((*range(len(blocks) - 1), 2) if shifted else tuple(range(len(blocks)))), name
+
+
+@pytest.mark.parametrize("method", steps.METHODS)
+def test_every_step_method_trains(method: str, data_root: Path, tmp_path: Path, teacher: DiT) -> None:
+    trainer = step_trainer(data_root, tmp_path, teacher, method)
+    for _ in range(2):
+        logged = trainer.train_step(0.5)
+        assert all(math.isfinite(v) for v in logged.values())
+    assert moved(teacher, trainer.model) > 0
+    assert (moved(teacher, trainer.fake_model) > 0) == (method != "consistency")
+    assert moved(teacher, trainer.teacher) == 0
+    assert not any(p.grad is not None for m in trainer.modules.values() for p in m.parameters())
+    expected = {"consistency": {"consistency"}, "no-gan": {"matching", "fake_score"}}
+    everything = {"matching", "gan", "fake_score", "discriminator"}
+    assert set(logged) - {"loss"} == expected.get(method, everything)
+
+
+@pytest.mark.parametrize("kind", ["layers", "steps"])
+def test_resumed_run_equals_the_uninterrupted(kind: str, data_root: Path, tmp_path: Path, teacher: DiT) -> None:
+    make = layer_trainer if kind == "layers" else step_trainer
+    straight = make(data_root, tmp_path / "a", teacher)
+    for _ in range(4):
+        straight.train_step(0.5)
+    first = make(data_root, tmp_path / "b", teacher)
+    for _ in range(2):
+        first.train_step(0.5)
+    first.save(12.0)
+    second = make(data_root, tmp_path / "b", teacher)
+    with pytest.raises(InvalidInput, match="--resume"):
+        second.start(resume=False)
+    second.start(resume=True)
+    assert (second.step, second.used_seconds) == (2, 12.0)
+    for _ in range(2):
+        second.train_step(0.5)
+    assert torch.equal(parameters(straight), parameters(second))
+    assert all(torch.equal(v, second.ema.shadow[k]) for k, v in straight.ema.shadow.items())
+    other = make(data_root, tmp_path / "b", teacher, seed=1)
+    with pytest.raises(InvalidInput, match="seed"):
+        other.start(resume=True)
+
+
+def test_kill_and_resume(data_root: Path, tmp_path: Path, teacher: DiT) -> None:
+    layer_trainer(data_root, tmp_path / "teacher", teacher).save(0.0)
+    run, options = tmp_path / "run", {**SMALL, "fake_updates": 1, "checkpoint_minutes": 0.01}
+    call = f"({str(data_root)!r}, {str(run)!r}, 30, {str(tmp_path / 'teacher')!r}, device='cpu', **{options!r})"
+    code = f"from presto_rt.distill.run import distil_steps; distil_steps{call}"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    checkpoint = run / "checkpoint.safetensors"
+    deadline = time.time() + 180
+    while not checkpoint.is_file() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.2)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, meta = load_checkpoint(checkpoint)
+    assert meta["step"] > 0
+    figures = distil_steps(data_root, run, meta["used_seconds"] / 60 + 0.02, tmp_path / "teacher", device="cpu",
+                           resume=True, **options)  # fmt: skip
+    assert load_checkpoint(checkpoint)[1]["step"] > meta["step"]
+    assert all(np.isfinite(v) for v in figures.values())
+    assert (run / "log.csv").read_text().startswith("step,loss,")
+
+
+def test_at_full_budget_the_untrained_student_is_the_teacher(data_root: Path, tmp_path: Path, teacher: DiT) -> None:
+    trainer = layer_trainer(data_root, tmp_path, teacher)
+    x, condition = trainer.val_set.batch(np.random.default_rng(0), 3, 24, 0.0)
+    sigma = torch.tensor([0.1, 1.0, 10.0])
+    with torch.no_grad():
+        full = trainer.denoise(x, sigma[:1].expand(3), condition, trainer.schedule(1.0))
+        truth = precondition(teacher, x, sigma[:1].expand(3), condition, kind="edm", sigma_data=0.5)
+        half = trainer.denoise(x, sigma[2:].expand(3), condition, trainer.schedule(0.5))
+        whole = trainer.denoise(x, sigma[2:].expand(3), condition, trainer.schedule(1.0))
+        generator = steps.StepTrainer(data_root, tmp_path / "s", teacher, steps.settings("presto-s", 1.0, **SMALL),
+                                      "cpu")  # fmt: skip
+        few = generator.generate(x, sigma, condition)
+        fake = generator.fake(x, sigma, condition, torch.tensor([0.01, 1.0, 80.0]))
+        each = precondition(teacher, x, sigma, condition, kind="edm", sigma_data=0.5)
+    assert (full - truth).abs().max() <= 1e-6
+    assert (half - whole).abs().max() > 1e-4
+    assert (few - each).abs().max() <= 1e-5
+    assert (fake - each).abs().max() <= 1e-6
+
+
+def test_levels_of_a_step_run_the_same_blocks(data_root: Path, tmp_path: Path, teacher: DiT) -> None:
+    trainer = layer_trainer(data_root, tmp_path, teacher)
+    schedule = trainer.schedule(0.6)
+    seen = set()
+    for _ in range(200):
+        levels = trainer.levels_of_one_row(schedule, 16)
+        blocks = {schedule.blocks(s) for s in levels.tolist()}
+        assert len(blocks) == 1
+        seen |= blocks
+    assert len(seen) > 1
+
+
+def test_generator_runs_each_clip_with_its_own_blocks(data_root: Path, tmp_path: Path, teacher: DiT) -> None:
+    """A batch over several rows of the schedule equals each clip alone."""
+    schedule = LayerSchedule(3, ((0.5, (0, 1, 2)), (5.0, (0, 2)), (math.inf, (2,))))
+    options = steps.settings("presto-s", 1.0, **SMALL)
+    trainer = steps.StepTrainer(data_root, tmp_path, teacher, options, "cpu", schedule, budget="60%")
+    x, condition = trainer.val_set.batch(np.random.default_rng(0), 5, 24, 0.0)
+    sigma = torch.tensor([20.0, 0.1, 1.0, 0.2, 60.0])
+    with torch.no_grad():
+        together = trainer.generate(x, sigma, condition)
+        for i, s in enumerate(sigma.tolist()):
+            alone = trainer.denoise(trainer.model, x[i : i + 1], sigma[i : i + 1],
+                                    condition.take(torch.tensor([i])), schedule.blocks(s))  # fmt: skip
+            assert (together[i] - alone[0]).abs().max() < 1e-5
+    assert math.isfinite(trainer.train_step(0.5)["loss"])
+    assert trainer.describe()["defaults"] == {"steps": 4, "sampler": "few_step", "guidance": 1.0, "layers": "60%"}
+
+
+def test_fake_score_hears_the_generators_level(teacher: DiT, data_root: Path, tmp_path: Path) -> None:
+    """Told levels make a difference once trained, and none for the method that does not tell them."""
+    for method, differs in (("presto-s", True), ("fake-untold", False)):
+        trainer = step_trainer(data_root, tmp_path / method, teacher, method)
+        assert isinstance(trainer.fake_model, FakeScore)
+        torch.nn.init.normal_(trainer.fake_model.origin.weight, std=0.1)
+        x, condition = trainer.val_set.batch(np.random.default_rng(0), 2, 24, 0.0)
+        with torch.no_grad():
+            low, high = (trainer.fake(x, torch.ones(2), condition, torch.full((2,), s)) for s in (0.01, 40.0))
+        assert bool((low - high).abs().max() > 1e-4) is differs
+
+
+@pytest.mark.parametrize("network", ["v", "rf"])
+def test_teachers_of_other_kinds(network: str, data_root: Path, tmp_path: Path) -> None:
+    """v and rectified-flow networks are distilled through the preconditioner: x_0 = z cos - v sin, x_0 = z - t u."""
+    teacher = random_network(network)
+    trainer = step_trainer(data_root, tmp_path / "s", teacher, guidance=1.0)
+    x, condition = trainer.val_set.batch(np.random.default_rng(0), 3, 24, 0.0)
+    sigma = torch.tensor([0.05, 1.0, 20.0])
+    column = sigma[:, None, None]
+    with torch.no_grad():
+        got = trainer.real(x, sigma, condition)
+        if network == "v":
+            angle = torch.atan2(column, torch.tensor(0.5))
+            z = x * angle.cos() / 0.5
+            truth = 0.5 * (angle.cos() * z - angle.sin() * teacher(z, angle[:, 0, 0] * 2 / math.pi, condition))
+        else:
+            t = column / (1 + column)
+            truth = (1 - t) * x - t * teacher((1 - t) * x, t[:, 0, 0], condition)
+    assert (got - truth).abs().max() < 1e-5
+    for each in (trainer, layer_trainer(data_root, tmp_path / "l", teacher)):
+        assert all(math.isfinite(v) for v in each.train_step(0.5).values())
+        assert moved(teacher, each.modules["model"]) > 0
+
+
+def test_both(data_root: Path, tmp_path: Path, teacher: DiT) -> None:
+    """Layers, then steps from them with the layers of the budget; a limit stops it and a second call goes on."""
+    layer_trainer(data_root, tmp_path / "teacher", teacher).save(0.0)
+    run = tmp_path / "both"
+    call = {"device": "cpu", "budget": "70%", "fake_updates": 1, **SMALL}
+    assert distil_both(data_root, run, 0.06, tmp_path / "teacher", limit=0.005, **call) == {}
+    assert used_minutes(run / "layers") > 0
+    assert not (run / "checkpoint.safetensors").exists()
+    figures = distil_both(data_root, run, 0.06, tmp_path / "teacher", resume=True, **call)
+    assert all(math.isfinite(v) for v in figures.values())
+    meta = load_checkpoint(run / "checkpoint.safetensors")[1]
+    assert meta["defaults"]["layers"] == "70%"
+    assert saved_schedules(run)["70%"] == saved_schedules(run / "layers")["70%"]
+
+
+def test_teachers_are_read_from_anywhere(data_root: Path, tmp_path: Path, teacher: DiT) -> None:
+    from models import write_tiny_model
+
+    trainer = layer_trainer(data_root, tmp_path / "run", teacher)
+    trainer.save(0.0)
+    for where in (tmp_path / "run", tmp_path / "run" / "checkpoint.safetensors"):
+        assert moved(teacher, load_network(where)) == 0
+    assert load_network(write_tiny_model(tmp_path / "weights")).config == preset("tiny")
+    with pytest.raises(WeightsError, match="no model"):
+        load_network(tmp_path / "nothing")
+
+
+def test_bad_settings(data_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="presto-l"):
+        layers.settings("magic", 1.0)
+    with pytest.raises(InvalidInput, match="budgets"):
+        layers.settings("presto-l", 1.0, budgets=(0.1,))
+    with pytest.raises(InvalidInput, match="learning_rate"):
+        distil_layers(data_root, tmp_path, 1.0, "nano", speed=3)
+    with pytest.raises(InvalidInput, match="normalise"):
+        steps.settings("presto-s", 1.0, normalise="never")
