@@ -132,13 +132,16 @@ class Decoder(nn.Module):
 
 
 class Codec(nn.Module):
-    """Stereo samples <-> latents. Buffers: the features' mean per band, the latents' mean and scale, and the
-    gain per band (nats) that makes up for what neighbouring frames of imperfect phase cancel."""
+    """Stereo samples <-> latents. Buffers: the features' mean per band, the latents' mean and scale, the gain per
+    band (nats) that makes up for what neighbouring frames of imperfect phase cancel, and the ceiling: the loudest that
+    training audio was in each band, which decoding never exceeds. Latents that a sampler made are not exactly those of
+    any sound, and an error in a logarithm is heard as a burst."""
 
     feature_mean: Tensor
     latent_mean: Tensor
     latent_scale: Tensor
     synthesis_gain: Tensor
+    ceiling: Tensor
 
     def __init__(self, config: CodecConfig | None = None) -> None:
         super().__init__()
@@ -151,6 +154,7 @@ class Codec(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(self.config.latent_channels))
         self.register_buffer("latent_scale", torch.full((self.config.latent_channels,), SIGMA_DATA))
         self.register_buffer("synthesis_gain", torch.zeros(bands))
+        self.register_buffer("ceiling", torch.full((2, bands), 20.0))  # nats; that high, it does nothing
 
     feature_scale = 0.5  # log-magnitudes in nats spread by about 2
 
@@ -191,7 +195,8 @@ class Codec(nn.Module):
     def decode_features(self, latents: Tensor) -> Tensor:
         """Latents (B, T, C) at std 0.5 -> log-magnitudes of mid and side and their cosine, (B, 4 T, 3, bands).
         Network only."""
-        return self.denormalise(self.decoder(latents / self.latent_scale + self.latent_mean))
+        features = self.denormalise(self.decoder(latents / self.latent_scale + self.latent_mean))
+        return torch.cat([torch.minimum(features[:, :, :2], self.ceiling), features[:, :, 2:]], 2)
 
     @torch.inference_mode()
     def decode(

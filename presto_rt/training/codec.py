@@ -124,6 +124,7 @@ def train_codec(
     trainer.ema.copy_to(codec)
     if not (freeze_encoder or start_from is not None):
         fit_latent_scale(codec, store, settings)
+    codec.ceiling.copy_(store.loudest())
     clips = training_clips(data_root, settings.gain_clips, 5.0, settings.seed)
     if clips:
         fit_synthesis_gain(codec, clips)

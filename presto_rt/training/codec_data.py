@@ -125,6 +125,11 @@ class FeatureStore:
             out[:, :, 2] *= swap
         return out
 
+    def loudest(self) -> Tensor:
+        """The highest log-magnitude of mid and of side in each band of all training audio, (2, bands) float32."""
+        parts = [part[:, :2].amax(0) for group in self.groups.values() for part in group]
+        return torch.stack(parts).amax(0).float()
+
     def spread(self, frames: int, generator: np.random.Generator) -> Tensor:
         """About `frames` frames in runs of 4, from all groups alike: (n, 4, 3, bands) float32, to fit the PCA on."""
         return self.sample(max(frames // FRAMES_PER_LATENT, 1), 1, generator, rendered_share=0.5, augment=False).float()
