@@ -105,6 +105,20 @@ def test_bad_latents_are_refused(codec: Codec) -> None:
             call()
 
 
+@torch.inference_mode()
+def test_decoding_never_goes_above_the_ceiling() -> None:
+    codec = Codec().eval()
+    latents = 20.0 * torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0))
+    codec.decoder.linear.weight.normal_(generator=torch.Generator().manual_seed(1))
+    free = codec.decode_features(latents)
+    codec.ceiling[:, :100] = -1.0
+    held = codec.decode_features(latents)
+    assert free[:, :, :2, :100].max() > 0.0
+    assert held[:, :, :2, :100].max() == -1.0
+    assert torch.equal(held[:, :, :, 100:], free[:, :, :, 100:])
+    assert torch.equal(held[:, :, 2], free[:, :, 2])
+
+
 def test_unknown_config_name_is_refused() -> None:
     assert CodecConfig.from_dict(SMALL.to_dict()) == SMALL
     with pytest.raises(InvalidInput, match="widht"):

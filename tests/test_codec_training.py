@@ -118,6 +118,16 @@ def test_training_learns_writes_and_continues_with_a_frozen_encoder(data: Path, 
     assert moved
 
 
+def test_ceiling_is_the_loudest_of_all_training_audio(data: Path) -> None:
+    store = FeatureStore(data, Codec(SMALL).frames, hours=(1.0, 1.0), seed=0)
+    store.refresh(progress=False)
+    parts = [part for group in store.groups.values() for part in group]
+    loudest = store.loudest()
+    assert loudest.shape == (2, parts[0].shape[-1])
+    everything = torch.cat([part[:, :2].float() for part in parts])
+    assert torch.equal(loudest, everything.max(0).values)
+
+
 def test_freezing_without_a_codec_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="start_from"):
         train_codec(data, tmp_path, 0.1, freeze_encoder=True, settings=QUICK, progress=False)
