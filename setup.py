@@ -20,12 +20,20 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
 
 # -ffp-contract=off: no fused multiply-adds, so every operator gives the same bits on every machine and in its torch
 # twin. The other two change no result; they only let the compiler vectorise square roots and selections.
 FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
+
+# All is built for a portable baseline. The files in csrc/simd are compiled again for each of these instruction sets,
+# and csrc/isa.cpp chooses among them when the module is loaded. CMakeLists.txt says the same.
+X86 = platform.machine() in ("x86_64", "AMD64")
+BASELINE = ["-march=x86-64-v2"] if X86 else []
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni", "bf16")), "-mprefer-vector-width=512"]
+ISAS = {"base": [], "avx2": AVX2, "avx512": AVX512} if X86 else {"base": []}
 
 
 def compiler() -> list[str] | None:
@@ -78,12 +86,18 @@ class BuildNative(build_ext):
     def with_compiler(self, command: list[str], target: Path) -> None:
         import pybind11
 
-        includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}", "-Icsrc"]
-        machine = ["-march=x86-64-v2"] if platform.machine() in ("x86_64", "AMD64") else []
+        includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
         shared = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
-        subprocess.run(
-            [*command, *FLAGS, *machine, *includes, *shared, *SOURCES, "-o", str(target)], check=True, cwd=ROOT
-        )
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        objects = []
+        for source in SOURCES:
+            variants = {"": [], **{i: [*f, f"-DPRESTO_RT_ISA={i}"] for i, f in ISAS.items() if "simd" in source}}
+            for name, flags in variants.items():
+                objects.append(str(build / f"{Path(source).stem}{name and '.' + name}.o"))
+                call = [*command, *FLAGS, *BASELINE, *flags, *includes, "-c", source, "-o", objects[-1]]
+                subprocess.run(call, check=True, cwd=ROOT)
+        subprocess.run([*command, *shared, "-pthread", *objects, "-o", str(target)], check=True, cwd=ROOT)
 
 
 setup(

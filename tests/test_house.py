@@ -188,7 +188,7 @@ def test_without_the_cpp_module_it_imports_and_says_so_in_at_most_one_line() -> 
 def test_every_operator_in_cpp_is_bound() -> None:
     """A file in csrc/ that defines a bind function must be called by bindings.cpp, or it is dead code."""
     bindings = (ROOT / "csrc" / "bindings.cpp").read_text()
-    operators = [path.stem for path in (ROOT / "csrc").glob("*.cpp") if path.stem != "bindings"]
+    operators = [path.stem for path in (ROOT / "csrc").rglob("*.cpp") if path.stem != "bindings"]
     assert operators
     for name in operators:
         assert f"  bind_{name}(module);" in bindings

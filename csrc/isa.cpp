@@ -1,0 +1,67 @@
+// Which instruction set the operators in simd/ run with, and whose threads they use.
+#include <cstring>
+#include <string>
+
+#include "simd/dispatch.h"
+
+namespace presto_rt {
+
+std::atomic<Team> team{nullptr};
+
+namespace {
+
+constexpr const char* kNames[] = {"base", "avx2", "avx512"};
+
+bool has(Isa which) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (which == Isa::avx2) return avx2;
+  if (which == Isa::avx512)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512bf16");
+#endif
+  return which == Isa::base;
+}
+
+Isa best() {
+  return has(Isa::avx512) ? Isa::avx512 : has(Isa::avx2) ? Isa::avx2 : Isa::base;
+}
+
+std::atomic<Isa> chosen{best()};
+
+std::vector<std::string> available() {
+  std::vector<std::string> names;
+  for (const Isa which : {Isa::base, Isa::avx2, Isa::avx512})
+    if (has(which)) names.emplace_back(kNames[static_cast<int>(which)]);
+  return names;
+}
+
+void use_isa(const std::string& name) {
+  for (const Isa which : {Isa::base, Isa::avx2, Isa::avx512}) {
+    if (name != kNames[static_cast<int>(which)]) continue;
+    require(has(which), "use_isa: this processor does not have that instruction set");
+    chosen.store(which);
+    return;
+  }
+  throw py::value_error("use_isa: the instruction sets are base, avx2 and avx512");
+}
+
+}  // namespace
+
+Isa isa() {
+  return chosen.load(std::memory_order_relaxed);
+}
+
+}  // namespace presto_rt
+
+void bind_isa(pybind11::module_& module) {
+  namespace py = pybind11;
+  module.def("isa", [] { return presto_rt::kNames[static_cast<int>(presto_rt::isa())]; }, "The instruction set in use.");
+  module.def("isas", &presto_rt::available, "The instruction sets that this processor has, the plainest first.");
+  module.def("use_isa", &presto_rt::use_isa, py::arg("name"), "Uses one of `isas`, in the whole process.");
+  module.def(
+      "use_openmp", [](std::uintptr_t address) { presto_rt::team = reinterpret_cast<presto_rt::Team>(address); },
+      py::arg("address"), "Takes threads from GOMP_parallel at this address; 0: starts threads for each call.");
+}

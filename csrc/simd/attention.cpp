@@ -1,0 +1,329 @@
+// softmax(scale q k^T) v of one head at a time, for long keys (self-attention) and short ones (cross-attention).
+//
+// Keys and values are packed once for each head into panels that a register tile walks through in order: kTile key vectors side
+// by side, and for bf16 two neighbouring products in one 32-bit lane, as the AVX512-BF16 dot product wants them. A tile of
+// kRows queries then makes all its scores, an exact softmax in fp32, and its result; scores never leave the L1 or L2 cache, and
+// there is no running maximum. With q_weight the queries are RMS-normalised on the way in. Without AVX512-BF16 bf16 is widened
+// when it is packed and everything is fp32.
+#include "operator.h"
+
+namespace presto_rt {
+
+struct Attention {
+  const void *q, *k, *v;        // fp32 or bf16
+  void* out;                    // (batch, tokens, heads, dim), contiguous
+  const float* q_weight;        // (dim,) or null
+  const std::int32_t* lengths;  // (batch,) keys that may be seen, or null: all
+  void* scratch;                // `attention_scratch` bytes for each head of each clip
+  std::int64_t heads, tokens, keys, dim;
+  std::int64_t q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token;  // strides in numbers
+  float scale, eps;
+  bool bf16;
+};
+
+constexpr std::int64_t kPanel = 64;  // the widest panel of any instruction set, in keys and in dims
+
+inline std::int64_t attention_scratch(std::int64_t keys, std::int64_t dim) {
+  const std::int64_t padded_keys = (keys + kPanel - 1) / kPanel * kPanel, padded_dim = (dim + kPanel - 1) / kPanel * kPanel;
+  return 4 * padded_keys * (dim + padded_dim);
+}
+
+constexpr std::int64_t kQueries = 48;  // queries of one piece of work; a multiple of every kRows
+
+// Working memory of one thread: queries, scores and weights of a tile.
+inline std::int64_t attention_local(std::int64_t keys, std::int64_t dim) {
+  return 4 * 8 * ((keys + kPanel - 1) / kPanel * kPanel * 2 + dim + kPanel);
+}
+
+#ifdef PRESTO_RT_ISA
+namespace PRESTO_RT_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kRows = 6, kTile = 4;
+#elif defined(__AVX2__)
+constexpr int kRows = 6, kTile = 2;
+#else
+constexpr int kRows = 2, kTile = 4;
+#endif
+constexpr std::int64_t kColumns = kTile * kWidth;
+static_assert(kPanel % kColumns == 0 && kQueries % kRows == 0, "panels must divide");
+
+// How two numbers meet: Plain multiplies fp32, Pairs two bf16 neighbours at once into one fp32 sum.
+struct Plain {
+  using Number = float;
+  static constexpr int kDepth = 1;
+  PRESTO_RT_INLINE static Vec dot(const float* one, Vec many, Vec total) { return fma(all(*one), many, total); }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+  using Number = Bf16;
+  static constexpr int kDepth = 2;
+  PRESTO_RT_INLINE static Vec dot(const Bf16* one, Vec many, Vec total) {
+    std::int32_t pair;
+    __builtin_memcpy(&pair, one, sizeof pair);
+    return (Vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)many);
+  }
+};
+#endif
+
+// out[r][c] = sum_k a[r][k] panel[k][c] for a tile of kRows x kColumns. One step of k is 32 bits wide.
+template <class Math>
+PRESTO_RT_INLINE void tile(const typename Math::Number* a, std::int64_t a_row, const float* panel, std::int64_t depth,
+                           Vec total[kRows][kTile]) {
+  for (int r = 0; r < kRows; ++r)
+    for (int c = 0; c < kTile; ++c) total[r][c] = Vec{};
+  for (std::int64_t k = 0; k < depth; ++k) {
+    Vec b[kTile];
+    for (int c = 0; c < kTile; ++c) b[c] = load(panel + k * kColumns + c * kWidth);
+    for (int r = 0; r < kRows; ++r)
+      for (int c = 0; c < kTile; ++c) total[r][c] = Math::dot(a + r * a_row + k * Math::kDepth, b[c], total[r][c]);
+  }
+}
+
+// The 32 bits of a panel that come from x[0] (and, for pairs, x[1]), or 0 where there is nothing.
+template <class Math, class T>
+PRESTO_RT_INLINE std::uint32_t word(const T* x, bool first, bool second) {
+  std::uint32_t bits = 0;
+  if constexpr (Math::kDepth == 2) {
+    bits = (first ? x[0] : 0u) | (second ? static_cast<std::uint32_t>(x[1]) << 16 : 0u);
+  } else if constexpr (sizeof(T) == 2) {
+    bits = first ? static_cast<std::uint32_t>(x[0]) << 16 : 0u;
+  } else if (first) {
+    __builtin_memcpy(&bits, x, sizeof bits);
+  }
+  return bits;
+}
+
+// Panels of rows: source (count, size) -> (panels of kColumns rows, size / depth, kColumns) words; missing rows are 0.
+template <class Math, class T>
+void pack_rows(const T* source, std::int64_t stride, std::int64_t count, std::int64_t size, std::uint32_t* out) {
+  for (std::int64_t panel = 0; panel < count; panel += kColumns) {
+    const T* from = source + panel * stride;
+    const std::int64_t inside = count - panel < kColumns ? count - panel : kColumns;
+    for (std::int64_t k = 0; k < size; k += Math::kDepth, out += kColumns) {
+      for (std::int64_t c = 0; c < inside; ++c) out[c] = word<Math>(from + c * stride + k, true, true);
+      for (std::int64_t c = inside; c < kColumns; ++c) out[c] = 0;
+    }
+  }
+}
+
+// Panels of columns: source (count, size) -> (panels of kColumns columns, padded / depth, kColumns) words.
+template <class Math, class T>
+void pack_columns(const T* source, std::int64_t stride, std::int64_t count, std::int64_t padded, std::int64_t size,
+                  std::uint32_t* out) {
+  for (std::int64_t panel = 0; panel < size; panel += kColumns) {
+    const std::int64_t inside = size - panel < kColumns ? size - panel : kColumns;
+    for (std::int64_t k = 0; k < padded; k += Math::kDepth, out += kColumns) {
+      const T* one = source + k * stride + panel;
+      for (std::int64_t c = 0; c < kColumns; ++c) out[c] = 0;
+      if (k >= count) continue;
+      if constexpr (Math::kDepth == 2) {
+        const T* two = k + 1 < count ? one + stride : nullptr;
+        for (std::int64_t c = 0; c < inside; ++c) out[c] = one[c];
+        for (std::int64_t c = 0; two && c < inside; ++c) out[c] |= static_cast<std::uint32_t>(two[c]) << 16;
+      } else {
+        for (std::int64_t c = 0; c < inside; ++c) out[c] = word<Math>(one + c, true, false);
+      }
+    }
+  }
+}
+
+PRESTO_RT_INLINE std::int64_t up(std::int64_t count, std::int64_t multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
+
+PRESTO_RT_INLINE std::int64_t seen(const Attention& a, std::int64_t clip) {
+  if (!a.lengths) return a.keys;
+  const std::int64_t length = a.lengths[clip];
+  return length < 0 ? 0 : length < a.keys ? length : a.keys;
+}
+
+PRESTO_RT_INLINE std::uint32_t* packed(const Attention& a, std::int64_t head) {
+  return reinterpret_cast<std::uint32_t*>(static_cast<char*>(a.scratch) + head * attention_scratch(a.keys, a.dim));
+}
+
+template <class Math, class T>
+void pack(const Attention& a, std::int64_t head) {
+  const std::int64_t clip = head / a.heads, h = head % a.heads, keys = seen(a, clip), padded = up(keys, kColumns);
+  std::uint32_t* out = packed(a, head);
+  pack_rows<Math>(static_cast<const T*>(a.k) + clip * a.k_batch + h * a.k_head, a.k_token, keys, a.dim, out);
+  out += padded * a.dim / Math::kDepth;
+  pack_columns<Math>(static_cast<const T*>(a.v) + clip * a.v_batch + h * a.v_head, a.v_token, keys, padded, a.dim, out);
+}
+
+// Queries as they are, or RMS-normalised; rows beyond the last one are 0.
+template <class Number, class T>
+void take_queries(const Attention& a, const T* from, std::int64_t rows, Number* to) {
+  for (std::int64_t r = 0; r < kRows; ++r, to += a.dim, from += a.q_token) {
+    float factor = 1.0f;
+    if (a.q_weight && r < rows) {
+      Vec squares{};
+      for (std::int64_t i = 0; i < a.dim; i += kWidth) {
+        const Vec x = load(from + i, a.dim - i);
+        squares = fma(x, x, squares);
+      }
+      factor = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(a.dim) + a.eps);
+    }
+    for (std::int64_t i = 0; i < a.dim; i += kWidth) {
+      const std::int64_t n = a.dim - i;
+      Vec x = r < rows ? load(from + i, n) : Vec{};
+      if (a.q_weight) x = x * factor * load(a.q_weight + i, n);
+      store(to + i, x, n);
+    }
+  }
+}
+
+// Scores to weights, which sum to `total`: exp(scale (s - max)). Returns 1 / total.
+template <class Number>
+PRESTO_RT_INLINE float softmax(float* scores, Number* weights, std::int64_t keys, std::int64_t padded, float scale) {
+  for (std::int64_t i = keys; i < padded; ++i) scores[i] = -__builtin_inff();
+  Vec top = all(-__builtin_inff());
+  for (std::int64_t i = 0; i < padded; i += kWidth) top = larger(load(scores + i), top);
+  float most = top[0];
+  for (int i = 1; i < kWidth; ++i) most = top[i] > most ? top[i] : most;
+  const Vec factor = all(scale), offset = all(-most * scale);
+  Vec total{};
+  for (std::int64_t i = 0; i < padded; i += kWidth) {
+    const Vec w = exp(fma(load(scores + i), factor, offset));
+    total += w;
+    store(weights + i, w);
+  }
+  return 1.0f / sum(total);
+}
+
+template <class Math, class T>
+void queries(const Attention& a, std::int64_t head, std::int64_t first, std::int64_t last, void* local) {
+  using Number = typename Math::Number;
+  const std::int64_t clip = head / a.heads, h = head % a.heads, keys = seen(a, clip), padded = up(keys, kColumns);
+  const std::int64_t panel_words = kColumns * a.dim / Math::kDepth;
+  const float* key_panels = reinterpret_cast<const float*>(packed(a, head));
+  const float* value_panels = key_panels + padded / kColumns * panel_words;
+  float* scores = static_cast<float*>(local);
+  Number* weights = reinterpret_cast<Number*>(scores + kRows * padded);
+  Number* q = weights + kRows * padded;
+  const T* from = static_cast<const T*>(a.q) + clip * a.q_batch + h * a.q_head;
+  T* out = static_cast<T*>(a.out) + (clip * a.tokens * a.heads + h) * a.dim;
+
+  for (std::int64_t token = first; token < last; token += kRows) {
+    const std::int64_t rows = last - token < kRows ? last - token : kRows;
+    take_queries(a, from + token * a.q_token, rows, q);
+    Vec total[kRows][kTile];
+    for (std::int64_t key = 0; key < padded; key += kColumns) {
+      tile<Math>(q, a.dim, key_panels + key / kColumns * panel_words, a.dim / Math::kDepth, total);
+      for (int r = 0; r < kRows; ++r)
+        for (int c = 0; c < kTile; ++c) store(scores + r * padded + key + c * kWidth, total[r][c]);
+    }
+    float share[kRows];
+    for (int r = 0; r < kRows; ++r) share[r] = softmax(scores + r * padded, weights + r * padded, keys, padded, a.scale);
+    for (std::int64_t column = 0; column < a.dim; column += kColumns) {
+      const std::int64_t words = padded / Math::kDepth;
+      tile<Math>(weights, padded, value_panels + column * words, words, total);
+      for (std::int64_t r = 0; r < rows; ++r)
+        for (std::int64_t c = 0; c < kTile; ++c) {
+          const std::int64_t at = column + c * kWidth, n = a.dim - at;
+          T* to = out + (token + r) * a.heads * a.dim + at;
+          const Vec y = keys ? total[r][c] * share[r] : Vec{};
+          if (n > 0) store(to, y, n);
+        }
+    }
+  }
+}
+
+}  // namespace
+
+void attention_pack(const Attention& a, std::int64_t head) {
+#if defined(__AVX512BF16__)
+  a.bf16 ? pack<Pairs, Bf16>(a, head) : pack<Plain, float>(a, head);
+#else
+  a.bf16 ? pack<Plain, Bf16>(a, head) : pack<Plain, float>(a, head);
+#endif
+}
+
+void attention_queries(const Attention& a, std::int64_t head, std::int64_t first, std::int64_t last, void* local) {
+#if defined(__AVX512BF16__)
+  a.bf16 ? queries<Pairs, Bf16>(a, head, first, last, local) : queries<Plain, float>(a, head, first, last, local);
+#else
+  a.bf16 ? queries<Plain, Bf16>(a, head, first, last, local) : queries<Plain, float>(a, head, first, last, local);
+#endif
+}
+
+}  // namespace PRESTO_RT_ISA
+#else
+
+PRESTO_RT_VARIANTS(attention_pack, const Attention&, std::int64_t)
+PRESTO_RT_VARIANTS(attention_queries, const Attention&, std::int64_t, std::int64_t, std::int64_t, void*)
+
+namespace {
+
+using Strides = std::array<std::int64_t, 3>;
+
+void attention_call(std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t out, std::uintptr_t q_weight,
+                    std::uintptr_t lengths, std::uintptr_t scratch, std::int64_t scratch_bytes, bool bf16, std::int64_t batch,
+                    std::int64_t heads, std::int64_t tokens, std::int64_t keys, std::int64_t dim, const Strides& qs,
+                    const Strides& ks, const Strides& vs, float scale, float eps, int threads) {
+  require(q && k && v && out && scratch, "attention: an address is missing");
+  require(batch >= 0 && heads >= 1 && tokens >= 1 && keys >= 1 && dim >= 2 && dim % 2 == 0, "attention: a size does not fit");
+  const std::int64_t pieces = (tokens + kQueries - 1) / kQueries, all_heads = batch * heads;
+  const std::int64_t local = attention_local(keys, dim), fixed = all_heads * attention_scratch(keys, dim);
+  const std::int64_t shares = threads < 1 ? 1 : threads;
+  require(scratch_bytes >= fixed + shares * local, "attention: scratch is too small");
+  const Attention a{pointer<void>(q),
+                    pointer<void>(k),
+                    pointer<void>(v),
+                    pointer<void>(out),
+                    pointer<const float>(q_weight),
+                    pointer<const std::int32_t>(lengths),
+                    pointer<void>(scratch),
+                    heads,
+                    tokens,
+                    keys,
+                    dim,
+                    qs[0],
+                    qs[1],
+                    qs[2],
+                    ks[0],
+                    ks[1],
+                    ks[2],
+                    vs[0],
+                    vs[1],
+                    vs[2],
+                    scale,
+                    eps,
+                    bf16};
+  const auto pack = attention_pack_variant();
+  const auto run = attention_queries_variant();
+  py::gil_scoped_release release;
+  parallel(threads, all_heads, [&](std::int64_t head) { pack(a, head); });
+  // One share for each thread, so that each has its own part of the scratch memory.
+  parallel(threads, shares, [&](std::int64_t share) {
+    const std::int64_t work = all_heads * pieces, last = work * (share + 1) / shares;
+    for (std::int64_t i = work * share / shares; i < last; ++i) {
+      const std::int64_t first = i % pieces * kQueries, end = first + kQueries < tokens ? first + kQueries : tokens;
+      run(a, i / pieces, first, end, static_cast<char*>(a.scratch) + fixed + share * local);
+    }
+  });
+}
+
+std::int64_t attention_bytes(std::int64_t batch, std::int64_t heads, std::int64_t keys, std::int64_t dim, int threads) {
+  return batch * heads * attention_scratch(keys, dim) + (threads < 1 ? 1 : threads) * attention_local(keys, dim);
+}
+
+}  // namespace
+#endif
+
+}  // namespace presto_rt
+
+#ifndef PRESTO_RT_ISA
+void bind_attention(pybind11::module_& module) {
+  namespace py = pybind11;
+  module.def("attention", &presto_rt::attention_call, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+             py::arg("q_weight"), py::arg("lengths"), py::arg("scratch"), py::arg("scratch_bytes"), py::arg("bf16"),
+             py::arg("batch"), py::arg("heads"), py::arg("tokens"), py::arg("keys"), py::arg("dim"), py::arg("q_strides"),
+             py::arg("k_strides"), py::arg("v_strides"), py::arg("scale"), py::arg("eps"), py::arg("threads"),
+             "softmax(scale q k^T) v; strides of (batch, head, token) in numbers, out (batch, tokens, heads, dim). Addresses.");
+  module.def("attention_bytes", &presto_rt::attention_bytes, py::arg("batch"), py::arg("heads"), py::arg("keys"),
+             py::arg("dim"), py::arg("threads"), "Scratch memory that `attention` needs.");
+}
+#endif
