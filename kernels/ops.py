@@ -3,9 +3,10 @@
     import presto_rt.kernels.ops
     y = torch.ops.presto_rt.norm_modulate(x, table, shift=0, scale=1)
 
-All are functional: they make their outputs and alias nothing (so `qk_norm_rope` returns q and k alone; v is a view
-that the caller takes). The functions of the operator modules are the plain path, with `out=` and without the
-dispatcher's microseconds; the engine, which records everything in one graph, calls those.
+All are functional: they make their outputs, contiguous whatever the layout of the inputs, and alias nothing (so
+`qk_norm_rope` returns q and k alone; v is a view that the caller takes). The functions of the operator modules are the
+plain path, with `out=` and without the dispatcher's microseconds; the engine, which records everything in one graph,
+calls those.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ _NORM = (
 )
 _register(
     f"norm_modulate(Tensor x, Tensor? table=None, *, int? shift=None, int? scale=None, {_NORM}) -> Tensor",
-    norm_modulate,
+    lambda *arguments, **options: norm_modulate(*arguments, **options).contiguous(),
     _fake_norm_modulate,
 )
 
@@ -68,7 +69,7 @@ def _fake_gate_residual(
 _register(
     "gate_residual_norm_modulate(Tensor residual, Tensor branch, Tensor? table=None, *, int? gate=None, "
     f"int? shift=None, int? scale=None, {_NORM}) -> (Tensor, Tensor)",
-    gate_residual_norm_modulate,
+    lambda *arguments, **options: tuple(t.contiguous() for t in gate_residual_norm_modulate(*arguments, **options)),
     _fake_gate_residual,
 )
 
@@ -132,7 +133,7 @@ _register(
 _register(
     "linear_gate_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? table=None, *, int gate=0, "
     "Tensor? base=None, float x_scale=1.0, Tensor? weight_scale=None) -> Tensor",
-    linear_gate_residual,
+    lambda *arguments, **options: linear_gate_residual(*arguments, **options).contiguous(),
     lambda x, weight, bias, residual, *_, **__: residual.new_empty(residual.shape),
 )
 

@@ -87,6 +87,7 @@ def test_a_run_with_a_red_operator_says_so_and_goes_on(bench, monkeypatch, capsy
 
 def test_rows_survive_a_crash_and_a_time_limit(bench, monkeypatch, tmp_path):
     """The worker's own process, with jobs that end badly."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # it would interpret a second of samples
     job = {"device": "cpu", "presets": ["tiny", "huge"], "own": True, "compile": "", "ceiling": TOP, "seconds": 0}
     found, why = bench.collect(job | {"operator": "pcm"}, 300)  # there is no preset "huge"
     assert [row["way"] for row in found] == ["eager", "presto"]

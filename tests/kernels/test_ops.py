@@ -55,6 +55,19 @@ def test_opcheck(device, name):
     assert set(result.values()) == {"SUCCESS"}
 
 
+def test_the_layout_of_an_input_is_not_that_of_the_result():
+    """What fake implementations promise: contiguous results, also of (T, B, D) memory seen as (B, T, D)."""
+    x = torch.randn(6, 2, 32).transpose(0, 1)
+    weight, table = torch.randn(32, 32), torch.randn(3, 32)
+    results = [
+        torch.ops.presto_rt.norm_modulate(x),
+        *torch.ops.presto_rt.gate_residual_norm_modulate(x, x, table, gate=0),
+        torch.ops.presto_rt.linear(x, weight),
+        torch.ops.presto_rt.linear_gate_residual(x, weight, None, x, table),
+    ]
+    assert all(result.is_contiguous() for result in results)
+
+
 def test_a_compiled_graph_holds_the_operators():
     """torch.compile traces through fake implementations without a graph break and gives the eager numbers."""
     x, table, weight = torch.randn(1, 6, 32), torch.randn(3, 32), torch.randn(32, 32)
