@@ -223,7 +223,7 @@ def floors(operators: Sequence[str], top: Ceiling = H200) -> str:
     for operator in operators:
         for case in (case for preset in presets("cuda") for case in cases(operator, "meta", preset)):
             moved, computed = f"{case.moved / 1e6:.2f}", f"{case.operations / 1e9:.3g}"
-            limit = "bytes" if case.moved / top.bandwidth > case.operations / top.product else "products"
+            limit = "bytes" if top.floor(case) == case.moved / top.bandwidth else "products"
             row = [operator, case.shape, moved, computed, f"{top.floor(case) * 1e6:.2f}", limit]
             seconds = [found.get((operator, case.shape)) for found in reached.values()] or [None]
             rows.append([*row, *("not measured" if s is None else f"{s * 1e6:.2f}" for s in seconds)])

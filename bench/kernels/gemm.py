@@ -56,7 +56,8 @@ def cases(device: str, preset: str) -> Iterator[Case]:
         ways = {"eager": eager_fp8, "presto": partial(presto_up, **fp8)}
         ways["presto triton"] = partial(presto_up, backend="triton", **fp8)
         moved = size(*make_fp8(), up_bias, scales) + s.tokens * wide
-        yield Case("gemm", f"fp8 up gelu_tanh {s.tokens}x{s.width}x{wide}", make_fp8, ways, moved, operations)
+        name = f"fp8 up gelu_tanh {s.tokens}x{s.width}x{wide}"
+        yield Case("gemm", name, make_fp8, ways, moved, operations, rate=2.0)
 
     def make_down() -> tuple[torch.Tensor, ...]:
         return s.randn(1, s.tokens, wide), s.randn(1, s.tokens, s.width), s.randn(s.width, wide) * wide**-0.5

@@ -28,7 +28,7 @@ class Case:
 
     make: fresh random inputs. ways: name to function of those inputs; "eager" is what the others are compared with,
     "presto" is ours. moved: bytes that must be moved at least (inputs once, outputs once); operations: floating-point
-    ones.
+    ones; rate: of the matrix units on these operands, relative to bf16.
     """
 
     operator: str
@@ -37,6 +37,7 @@ class Case:
     ways: dict[str, Way]
     moved: int
     operations: int
+    rate: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Ceiling:
 
     def floor(self, case: Case) -> float:
         """Seconds below which no version can run."""
-        return max(case.moved / self.bandwidth, case.operations / self.product)
+        return max(case.moved / self.bandwidth, case.operations / (case.rate * self.product))
 
 
 def cases(operator: str, device: str, preset: str) -> list[Case]:
