@@ -106,10 +106,10 @@ def learn_teacher(toy: Toy, generator: torch.Generator, steps: int = 500) -> Non
         optimizer.step()
 
 
-def distil(mixture: Mixture, options: StepDistillation, *, frozen_fake: bool = False, steps: int = 400) -> Toy:
+def distil(mixture: Mixture, options: StepDistillation, *, steps: int, frozen_fake: bool = False, seed: int = 0) -> Toy:
     """The method's own losses, run on small networks for `steps` generator updates."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     toy = Toy(mixture, options.fake_told)
     learn_teacher(toy, generator)
     losses = StepLosses(toy, options, lambda name, count: levels(name, count, generator),

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..diffusion.schedule import LayerSchedule, parse_layers
 from ..errors import InvalidInput
-from ..training.common import load_checkpoint
+from ..training.common import checkpoint_meta
 from ..training.loop import Trainer, large_batches
 from . import layers, steps
 from .trainer import load_network
@@ -76,7 +76,7 @@ def distil_both(data: str | Path, run_dir: str | Path, minutes: float, teacher: 
 def used_minutes(run_dir: str | Path) -> float:
     """Minutes of its budget that a run has used; 0 where there is none."""
     checkpoint = Path(run_dir) / "checkpoint.safetensors"
-    return load_checkpoint(checkpoint)[1]["used_seconds"] / 60 if checkpoint.is_file() else 0.0
+    return float(checkpoint_meta(checkpoint)["used_seconds"]) / 60 if checkpoint.is_file() else 0.0
 
 
 def saved_schedules(student: str | Path | None) -> dict[str, LayerSchedule]:
@@ -86,7 +86,7 @@ def saved_schedules(student: str | Path | None) -> dict[str, LayerSchedule]:
     from .. import weights
 
     checkpoint = Path(student) / "checkpoint.safetensors" if Path(student).is_dir() else Path(student)
-    meta = load_checkpoint(checkpoint)[1] if checkpoint.is_file() else weights.load(student).config
+    meta = checkpoint_meta(checkpoint) if checkpoint.is_file() else weights.load(student).config
     saved = meta.get("layers", {})
     if not isinstance(saved, dict):
         raise InvalidInput(f"the layer schedules of {student} are damaged")

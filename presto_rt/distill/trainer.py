@@ -12,7 +12,7 @@ from ..config import ModelConfig
 from ..diffusion.schedule import LayerSchedule
 from ..errors import InvalidInput, WeightsError
 from ..models.dit import DiT
-from ..training.common import load_checkpoint
+from ..training.common import checkpoint_meta, load_checkpoint
 from ..training.conditions import LatentSet
 from ..training.loop import Trainer, part
 
@@ -69,7 +69,7 @@ class Distiller(Trainer):
 
     def resume(self) -> None:
         """Go on from the run folder's checkpoint; raises InvalidInput where it was made with other settings."""
-        saved = load_checkpoint(self.checkpoint)[1]["options"]
+        saved = checkpoint_meta(self.checkpoint)["options"]
         now = asdict(self.options)
         names = [f.name for f in fields(self.options) if f.name not in FREE]
         other = [n for n in names if saved.get(n) != _as_json(now[n])]

@@ -44,6 +44,19 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--compare", nargs="+", default=[], metavar="FOLDER", help="more weights folders, judged on the same captions"
     )
     parser.add_argument(
+        "--row",
+        action="append",
+        default=[],
+        metavar="NAME=MODEL[,steps=4,layers=70%%]",
+        help="instead of --model: judge this model with these settings, with its latency, and add it to a table; "
+        "may be given many times; the model 'real' is the held-out clips",
+    )
+    parser.add_argument("--results", metavar="FILE", help="the table's JSON file (default: OUT/comparison.json)")
+    parser.add_argument(
+        "--latency-seconds", type=float, default=32.0, help="clip length that --row times (default: 32)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed clips for each --row (default: 5)")
+    parser.add_argument(
         "--denoising",
         action="store_true",
         help="instead of all this, the denoising error by noise level beside the best linear denoiser's",
@@ -58,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     from presto_rt.evaluation.run import evaluate_model
 
     logging.getLogger("presto_rt").setLevel(logging.INFO)
+    if args.row:
+        return _compare(args)
     chosen = {"steps": args.steps, "sampler": args.sampler, "guidance": args.guidance, "layers": args.layers}
     options = {name: value for name, value in chosen.items() if value is not None}
     model, others = None, {}
@@ -83,6 +98,32 @@ def run(args: argparse.Namespace) -> int:
         **options,
     )
     print(markdown(result))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    """Judge each --row, print the whole table, and draw both plots beside the clips."""
+    from presto_rt.evaluation.compare import compare, markdown, parse_row, plot
+
+    rows = [parse_row(text) for text in args.row]
+    table = compare(
+        rows,
+        args.data,
+        args.out,
+        results=args.results,
+        count=args.count,
+        seconds=args.seconds,
+        reference_count=args.reference,
+        seed=args.seed,
+        split=args.split,
+        batch=args.batch,
+        workers=args.workers,
+        latency_seconds=args.latency_seconds,
+        repeats=args.repeats,
+    )
+    for by in ("nfe", "latency"):
+        plot(table, {name: [name] for name in table["rows"]}, by, Path(args.out) / f"quality-{by}.png")
+    print(markdown(table))
     return 0
 
 

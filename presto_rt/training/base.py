@@ -125,9 +125,10 @@ class BaseTrainer(Trainer):
 
 
 def train_base(data_root: str | Path, run_dir: str | Path, minutes: float, *, device: str = "auto",
-               resume: bool = False, model: str = "nano", start_from: str | Path | None = None,
-               **options: Any) -> dict[str, float]:  # fmt: skip
-    """Train the base model for `minutes` (a resumed run counts the minutes it has used). See BaseTraining for options.
+               resume: bool = False, limit: float | None = None, model: str = "nano",
+               start_from: str | Path | None = None, **options: Any) -> dict[str, float]:  # fmt: skip
+    """Train the base model for `minutes` (a resumed run counts the minutes it has used; `limit` stops this call
+    earlier). See BaseTraining for options.
 
     With a CUDA GPU: compiled, data on the device, and batches of 65,536 frames unless `tokens` says otherwise.
     """
@@ -136,4 +137,4 @@ def train_base(data_root: str | Path, run_dir: str | Path, minutes: float, *, de
     if start_from is not None and not trainer.checkpoint.is_file():
         trainer.start_from(Path(start_from))
     trainer.start(resume)
-    return trainer.run()
+    return trainer.run(limit=limit)

@@ -185,6 +185,15 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
         raise WeightsError(f"checkpoint {path} is damaged ({error}): delete it and resume from another") from error
 
 
+def checkpoint_meta(path: str | Path) -> dict[str, Any]:
+    """The metadata alone of what save_checkpoint wrote. Raises WeightsError on a missing or damaged file."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return dict(json.loads((handle.metadata() or {}).get("meta", "{}")))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise WeightsError(f"checkpoint {path} is missing or damaged ({error})") from error
+
+
 def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str = "optim") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split an optimizer's state into (tensors named 'prefix.<parameter>.<key>', JSON-ready rest) for
     save_checkpoint."""

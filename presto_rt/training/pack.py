@@ -18,19 +18,37 @@ def pack(output: str | Path, *, codec_run: str | Path, base_run: str | Path, def
          quality: list[dict[str, Any]] | None = None) -> None:  # fmt: skip
     """Write `output` from a codec and the averaged weights of a training or distillation run.
 
-    codec_run: a codec run's folder, or a weights folder or shipped model whose codec is taken over. The codec's
+    codec_run: a codec run's folder, or a weights folder or shipped model whose codec is taken over; base_run: a
+    run's folder, or a weights folder (`pack_network`'s). The codec's
     matrices as float16, in which the data set was encoded; the transformer's as bfloat16. defaults: sampling settings
     that `presto_rt.pipeline.Defaults` knows, over those that the run itself names; its layer schedules go along.
     quality: measured figures of plans, which `deadline_ms` goes by. Raises InvalidInput, WeightsError or OutputError.
     """
     codec_config, codec = _codec(codec_run)
-    tensors, meta = load_checkpoint(Path(base_run) / "checkpoint.safetensors")
+    dit, config = _network(base_run)
+    config |= {"codec": codec_config, "defaults": {**config["defaults"], **defaults}, "quality": quality or []}
+    weights.save(output, config, {"dit": dit, "codec": codec})
+
+
+def pack_network(output: str | Path, run: str | Path) -> None:
+    """Write the transformer of a run alone: small to carry about, a teacher for others, and good for `pack` again."""
+    dit, config = _network(run)
+    weights.save(output, config, {"dit": dit})
+
+
+def _network(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Averaged weights of a run folder in bfloat16, or those of a weights folder, and their part of config.json."""
+    checkpoint = Path(run) / "checkpoint.safetensors"
+    if not checkpoint.is_file():
+        loaded = weights.load(run)
+        known = {name: loaded.config.get(name, {}) for name in ("model", "defaults", "layers", "training")}
+        return loaded.parts["dit"], known
+    tensors, meta = load_checkpoint(checkpoint)
     training = {"steps": meta["step"], "minutes": round(meta["used_seconds"] / 60, 1),
                 "latent_frames_seen": meta["frames_seen"], "options": meta["options"]}  # fmt: skip
-    config = {"model": meta["config"], "codec": codec_config, "defaults": {**meta.get("defaults", {}), **defaults},
-              "layers": meta.get("layers", {}), "quality": quality or [], "training": training}  # fmt: skip
-    dit = weights.narrow(part(tensors, "ema"), torch.bfloat16)
-    weights.save(output, config, {"dit": dit, "codec": codec})
+    config = {"model": meta["config"], "defaults": meta.get("defaults", {}), "layers": meta.get("layers", {}),
+              "training": training}  # fmt: skip
+    return weights.narrow(part(tensors, "ema"), torch.bfloat16), config
 
 
 def _codec(where: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

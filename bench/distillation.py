@@ -1,0 +1,193 @@
+"""The tables of the distillations: `python bench/distillation.py row NAME` trains what a row needs and judges it,
+`python bench/distillation.py` writes docs/results.md and its plots from bench/results/distillation.json.
+
+Rows that were not measured say so. `commands` lists every row with its command and fills docs/distillation.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from results import RESULTS, replace_section
+
+ROOT = Path(__file__).parent.parent
+FILE = RESULTS / "distillation.json"
+BUDGETS = ("50%", "60%", "70%", "80%")
+STEPS = (1, 2, 4, 8)
+FEW: dict[str, Any] = {"sampler": "few_step", "guidance": 1.0}
+SAMPLING = {"steps": 32, "sampler": "dpmpp_2m", "guidance": 2.0, "guidance_interval": [0.0, 3.0]}
+TEACHER = "teacher, 40 steps of Heun"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row: its name, the training behind it (a name of `distill.recipe`), and how the model is run."""
+
+    name: str
+    training: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def few(label: str, training: str, steps: int = 4) -> Entry:
+    """A few-step model at `steps`."""
+    return Entry(f"{label}, {steps} step{'s' * (steps > 1)}", training, {**FEW, "steps": steps})
+
+
+REFERENCE = Entry(TEACHER, "base", {"steps": 40, "sampler": "heun", "guidance": 2.0})
+METHODS = (("Presto-S", "presto-s"), ("no GAN", "no-gan"), ("DMD2-style", "dmd2"), ("consistency", "consistency"))
+TABLES: dict[str, tuple[str, list[Entry]]] = {
+    "layers": (
+        "Fewer layers, all at the base model's own sampler",
+        [Entry("full depth", "base")]
+        + [
+            Entry(f"{label}, {budget}", training, {"layers": budget})
+            for budget in BUDGETS
+            for label, training in (("ASE", "ase"), ("Presto-L", "presto-l"))
+        ],
+    ),
+    "ingredients": (
+        "Presto-L without one ingredient each, half of the layers",
+        [
+            Entry(f"{label}, 50%", training, {"layers": "50%"})
+            for label, training in (
+                ("Presto-L", "presto-l"), ("no shifted drop", "no-shift"), ("no budget input", "no-budget"),
+                ("no self-teacher", "no-self-teacher"), ("ASE", "ase"),
+            )
+        ],
+    ),
+    "steps": (
+        "Fewer steps",
+        [REFERENCE]
+        + [Entry(f"teacher, {n} step{'s' * (n > 1)}", "base", {"steps": n}) for n in STEPS]
+        + [few(label, training, n) for label, training in METHODS for n in STEPS],
+    ),
+    "noise": (
+        "Which noise levels each loss draws, and what the fake score knows; Presto-S with one change, 4 steps",
+        [few("Presto-S", "presto-s")]
+        + [few(name, name) for name in ("gen-train", "dmd-inference", "dsm-inference", "gan-inference")]
+        + [few("fake score not told s_g", "fake-untold"), few("gradient weighed by sample", "sample-weight")],
+    ),
+    "both": (
+        "Both",
+        [REFERENCE, few("Presto-S", "presto-s"), few("Presto-LS 70%", "presto-ls"),
+         few("Presto-LS 70%", "presto-ls", 1),
+         few("Presto-LS 70%, fake score drops layers", "presto-ls-fake-layers")],
+    ),
+}  # fmt: skip
+ENTRIES = {entry.name: entry for _, entries in TABLES.values() for entry in entries}
+LINES = {"teacher": [e.name for e in ENTRIES.values() if e.training == "base" and "teacher" in e.name]} | {
+    label: [few(label, training, n).name for n in STEPS] for label, training in METHODS
+} | {"Presto-LS": [few("Presto-LS 70%", "presto-ls", n).name for n in (1, 4)]}  # fmt: skip
+
+
+def measure(name: str, a: argparse.Namespace) -> None:
+    """Train what the row needs (going on where it was), pack it, judge it."""
+    from presto_rt.distill.recipe import run_folder, train
+    from presto_rt.evaluation.compare import Row, compare, markdown
+    from presto_rt.training.pack import pack
+
+    if name not in ENTRIES:
+        raise SystemExit(f"no row {name!r}; there are: " + "; ".join(ENTRIES))
+    entry = ENTRIES[name]
+    chain = ["base"] if a.teacher is None else []
+    chain += ["presto-l"] if entry.training.startswith("presto-ls") else []
+    chain += [entry.training] if entry.training != "base" else []
+    for training in chain:
+        minutes = a.minutes if training == entry.training else None
+        if not train(training, a.data, a.runs, teacher=a.teacher, minutes=minutes, device=a.device,
+                     seed=0 if training == "base" else a.seed):  # fmt: skip
+            raise SystemExit(f"{training} was stopped before its budget ended: the same command goes on")
+    base = entry.training == "base"
+    run = Path(a.teacher or run_folder(a.runs, "base")) if base else run_folder(a.runs, entry.training, a.seed)
+    packed = Path(a.packed) / run.name
+    own = entry.options.get("sampler") == FEW["sampler"]  # a few-step model brings its defaults along
+    pack(packed, codec_run=a.codec, base_run=run, defaults={} if own else SAMPLING)
+    label = name if not a.seed else f"{name} (training seed {a.seed})"
+    table = compare([Row(label, str(packed), entry.options)], a.data, a.out, results=a.results, count=a.count,
+                    seconds=a.seconds, reference_count=a.reference, latency_seconds=a.latency_seconds,
+                    repeats=a.repeats, device=a.device)  # fmt: skip
+    print(markdown(table, [label]))
+
+
+def report(results: Path, output: Path) -> None:
+    """docs/results.md with every table, and both plots beside it."""
+    from presto_rt.evaluation.compare import markdown, plot, read
+
+    table = read(results)
+    parts = ["# Results", "", "Written by `python bench/distillation.py` from the JSON files in bench/results; each "
+             "row's command is in [distillation.md](distillation.md).", "", note(table), ""]  # fmt: skip
+    for title, entries in TABLES.values():
+        parts += [f"## {title}", "", markdown(table, with_seeds(entries, table)), ""]
+    for by, title in (("nfe", "Quality against NFE"), ("latency", "Quality against latency")):
+        image = output.with_name(f"quality-{by}.png")
+        drawn = plot(table, LINES, by, image)
+        parts += [f"## {title}", "", f"![{title}]({image.name})" if drawn else "not measured", ""]
+    output.write_text("\n".join(parts))
+
+
+def with_seeds(entries: Sequence[Entry], table: dict[str, Any]) -> list[str]:
+    """Row names, each followed by its other training seeds where they were measured."""
+    names: list[str] = []
+    for entry in entries:
+        others = sorted(n for n in table["rows"] if n.startswith(f"{entry.name} (training seed "))
+        names += [entry.name, *others]
+    return names
+
+
+def note(table: dict[str, Any]) -> str:
+    """What the figures were measured with."""
+    if not table["rows"]:
+        return "Nothing was measured yet."
+    s = table["settings"]
+    where = {
+        (e["gpu"] or f"{e['cpu']}, {e['cores']} cores") for e in (r["environment"] for r in table["rows"].values())
+    }
+    return (f"{s['count']} held-out captions, {s['seconds']:g} s each, {s['reference']} reference clips, seed "
+            f"{s['seed']}; 95 % intervals in parentheses. Measured on {'; '.join(sorted(where))}.")  # fmt: skip
+
+
+def commands() -> str:
+    """Every row and its command."""
+    lines = []
+    for title, entries in TABLES.values():
+        lines += [f"{title}:", "", "```sh"]
+        lines += [f'python bench/distillation.py row "{entry.name}"' for entry in entries]
+        lines += ["```", ""]
+    return "\n".join(lines).strip()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", nargs="?", default="report", choices=("report", "row", "commands"))
+    parser.add_argument("name", nargs="?", default="", help="the row's name")
+    parser.add_argument("--minutes", type=float, help="training budget (default: the recipe's)")
+    parser.add_argument("--seed", type=int, default=0, help="training seed")
+    parser.add_argument("--teacher", help="base model: weights or run folder (default: RUNS/base, trained if missing)")
+    parser.add_argument("--codec", default="runs/codec", help="codec run, or a model whose codec is taken")
+    parser.add_argument("--data", default="data")
+    parser.add_argument("--runs", default="runs")
+    parser.add_argument("--packed", default="out/distillation", help="weights folders are written here")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--reference", type=int, default=400)
+    parser.add_argument("--latency-seconds", type=float, default=32.0)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", default="runs/distillation", help="clips are kept here")
+    parser.add_argument("--results", type=Path, default=FILE)
+    parser.add_argument("--report", type=Path, default=ROOT / "docs" / "results.md")
+    a = parser.parse_args(arguments)
+    if a.job == "row":
+        measure(a.name, a)
+    elif a.job == "commands":
+        replace_section(ROOT / "docs" / "distillation.md", "commands", commands())
+    else:
+        report(a.results, a.report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Comparing models and settings: rows, latencies, tables that say what is missing, plots, and the bench script."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from models import CODEC, write_tiny_model
+
+from presto_rt import weights
+from presto_rt.config import preset
+from presto_rt.data.manifest import Item, Manifest
+from presto_rt.diffusion.schedule import LayerSchedule, keep_last
+from presto_rt.errors import InvalidInput
+from presto_rt.evaluation import compare as comparing
+from presto_rt.evaluation.compare import Row, compare, markdown, parse_row, plan_facts, plot
+from presto_rt.evaluation.variance import curves, hidden_variance
+from presto_rt.models.dit import DiT
+from presto_rt.pipeline import load
+from presto_rt.training.conditions import LatentSet
+from presto_rt.training.synthetic import write_latents
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        spec = importlib.util.spec_from_file_location("bench_distillation", ROOT / "bench" / "distillation.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(ROOT / "bench"))
+
+
+def measured(kid: float, nfe: int, total: float) -> dict[str, Any]:
+    """A row as `compare` writes it."""
+    value = {"value": kid, "low": kid - 0.01, "high": kid + 0.01, "n": 9}
+    measures = {"kid": value, "mmd": value, "probe": {"mean": value}, "tempo": value, "key": {"exact": value},
+                "prdc": {"recall": 0.5, "density": 0.25, "coverage": 0.75}, "diversity": value}  # fmt: skip
+    return {"plan": {"nfe": nfe, "passes": 2 * nfe, "blocks": 0.7}, "measures": measures,
+            "latency": {"seconds": 32.0, "total": total},
+            "environment": {"gpu": None, "cpu": "a processor", "cores": 2}}  # fmt: skip
+
+
+def test_rows_as_text() -> None:
+    row = parse_row("Presto-S, 4 steps=out/presto-s,steps=4,guidance=1,layers=70%,sampler=few_step")
+    assert row == Row("Presto-S, 4 steps", "out/presto-s",
+                      {"steps": 4, "guidance": 1.0, "layers": "70%", "sampler": "few_step"})  # fmt: skip
+    assert parse_row("real=real") == Row("real", "real")
+    for bad in ("", "a", "=b", "a=", "a=b,steps", "a=b,speed=3", "a=b,steps=x"):
+        with pytest.raises(InvalidInput, match="row"):
+            parse_row(bad)
+
+
+def test_evaluations_are_counted(tmp_path: Path) -> None:
+    model = load(write_tiny_model(tmp_path / "tiny"), dtype="float32")
+    heun = plan_facts(model, {"steps": 40, "sampler": "heun", "guidance": 2.0}, 1.0)
+    assert (heun["nfe"], heun["passes"], heun["blocks"]) == (79, 158, 1.0)
+    few = plan_facts(model, {"steps": 4, "sampler": "few_step", "guidance": 1.0, "layers": 2}, 1.0)
+    assert (few["nfe"], few["passes"]) == (4, 4)
+    assert few["blocks"] == pytest.approx(2 / 3)
+
+
+def test_table_says_what_is_missing() -> None:
+    table = {"settings": {}, "rows": {"a": measured(0.02, 4, 0.5)}}
+    lines = markdown(table, ["a", "b"]).splitlines()
+    assert lines[2].startswith("| a | 4 | 8 | 70 | 20.0 (10.0 to 30.0) |")
+    assert lines[2].endswith("| 0.500 | 64.0 |")
+    assert lines[3].startswith("| b | not measured |")
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_report_and_plots(bench: ModuleType, tmp_path: Path) -> None:
+    empty, file = tmp_path / "none.json", tmp_path / "some.json"
+    bench.report(empty, tmp_path / "empty.md")
+    text = (tmp_path / "empty.md").read_text()
+    assert text.count("not measured") == 2 + sum(len(entries) for _, entries in bench.TABLES.values())
+    assert not list(tmp_path.glob("*.png"))
+    settings = {"count": 5, "seconds": 2.0, "reference": 9, "seed": 0}
+    rows = {"Presto-S, 4 steps": measured(0.02, 4, 0.5), "Presto-S, 4 steps (training seed 1)": measured(0.03, 4, 0.5),
+            bench.TEACHER: measured(0.01, 79, 9.0)}  # fmt: skip
+    file.write_text(json.dumps({"settings": settings, "rows": rows}))
+    bench.report(file, tmp_path / "some.md")
+    text = (tmp_path / "some.md").read_text()
+    assert "| Presto-S, 4 steps (training seed 1) | 4 |" in text
+    assert "a processor, 2 cores" in text
+    assert {p.name for p in tmp_path.glob("*.png")} == {"quality-nfe.png", "quality-latency.png"}
+    assert plot({"rows": {}}, {"x": ["y"]}, "nfe", tmp_path / "x.png") is False
+
+
+def test_every_row_of_every_table_is_a_documented_command(bench: ModuleType) -> None:
+    from presto_rt.distill.recipe import TRAININGS
+
+    text = (ROOT / "docs" / "distillation.md").read_text()
+    assert bench.commands() in text
+    assert {entry.training for entry in bench.ENTRIES.values()} <= set(TRAININGS)
+    for _, entries in bench.TABLES.values():
+        for entry in entries:
+            assert bench.ENTRIES[entry.name] == entry  # one name means one thing in all tables
+
+
+def test_variance_is_of_the_activations(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = DiT(preset("tiny")).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    held_out = LatentSet(write_latents(tmp_path / "data"), "val")
+    x, condition = held_out.batch(np.random.default_rng(0), 3, 20, 0.0)
+    full = hidden_variance(model, x, 1.0, condition, LayerSchedule.full(3))
+    assert list(full) == [0, 1, 2]
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        scaled = (x + noise) / (1 + 0.5**2) ** 0.5
+        for depth in (1, 2, 3):
+            hidden = model.hidden(scaled, torch.zeros(3), condition, depth)
+            assert full[depth - 1] == pytest.approx(float(hidden.var()), rel=1e-5)
+    short = LayerSchedule(3, ((float("inf"), keep_last(3, 2)),))
+    records = curves({"full": (model, LayerSchedule.full(3)), "short": (model, short)}, held_out, (0.5, 4.0), 2, 20)
+    assert [r["blocks"] for r in records] == [[0, 1, 2], [0, 1, 2], [0, 2], [0, 2]]
+    assert records[0]["variance"][0] == pytest.approx(records[2]["variance"][0], rel=0.2)  # told another budget
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("musicnn", "basic_pitch", "onnxruntime", "prdc")),
+    reason="the judges' packages are not installed",
+)
+def test_rows_collect_in_one_file(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    rng, items = np.random.default_rng(0), []
+    for i in range(12):
+        soundfile.write(tmp_path / f"{i}.wav", 0.1 * rng.standard_normal((3 * 44_100, 2)), 44_100)
+        caption, instrument = ("piano, 90 bpm", "piano") if i % 2 else ("guitar, 120 bpm", "guitar")
+        items.append(Item(f"i{i}", "solo", "test" if i < 4 else "train", f"{i}.wav", 3.0, f"c{i}", str(i), "", "",
+                          [caption], [instrument]))  # fmt: skip
+    Manifest(tmp_path, 0, items).save()
+    folder = write_tiny_model(tmp_path / "tiny")
+    call: dict[str, Any] = {"count": 4, "seconds": 2.0, "reference_count": 8, "latency_seconds": 0.5, "repeats": 2,
+                            "workers": 1}  # fmt: skip
+    row = Row("tiny, 2", str(folder), {"steps": 2, "guidance": 1.0, "layers": "70%"})
+    compare([row], tmp_path, tmp_path / "out", **call)
+    table = compare([Row("real", "real")], tmp_path, tmp_path / "out", **call)
+    assert list(table["rows"]) == ["tiny, 2", "real"]
+    first = table["rows"]["tiny, 2"]
+    assert first["plan"]["nfe"] == 3  # the model's own sampler is Heun
+    assert 0 < first["latency"]["decode"] < first["latency"]["total"] <= first["latency"]["p90"] * 1.001
+    assert first["measures"]["clips"] == table["rows"]["real"]["measures"]["clips"] == 4
+    assert str(tmp_path) not in json.dumps(table)
+    assert comparing.read(tmp_path / "out" / "comparison.json") == table
+    assert markdown(table).count("\n") == 3
+    with pytest.raises(InvalidInput, match="other settings"):
+        compare([row], tmp_path, tmp_path / "out", **{**call, "seconds": 1.0})
+
+
+def test_codec_is_taken_from_a_model(tmp_path: Path) -> None:
+    """A run's network and another model's codec make a model; a network alone can be packed again."""
+    from presto_rt.training.pack import pack, pack_network
+
+    folder = write_tiny_model(tmp_path / "tiny")
+    pack_network(tmp_path / "network", folder)
+    assert set(weights.load(tmp_path / "network").parts) == {"dit"}
+    pack(tmp_path / "whole", codec_run=folder, base_run=tmp_path / "network", defaults={"steps": 2, "layers": "70%"},
+         quality=[{"steps": 2, "layers": "70%", "kid": 0.1}])  # fmt: skip
+    model = load(tmp_path / "whole", dtype="float32")
+    assert (model.defaults.steps, model.defaults.sampler, model.defaults.layers) == (2, "heun", "70%")
+    assert model.quality == [{"steps": 2, "layers": "70%", "kid": 0.1}]
+    assert model.codec.config == CODEC
+    a, b = (m.generate("x", seconds=0.3, seed=1, steps=2, layers=3).samples for m in
+            (model, load(folder, dtype="float32")))  # fmt: skip
+    assert np.array_equal(a, b)
