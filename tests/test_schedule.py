@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,8 +96,9 @@ def test_parse_layers() -> None:
     assert parse_layers(None, 8) == LayerSchedule.full(8)
     assert parse_layers("5", 8).blocks(1.0) == (0, 1, 2, 3, 7)
     assert parse_layers(1, 8).blocks(1.0) == (7,)
-    assert parse_layers("50%", 8) == budget_schedule(8, 0.5)
-    assert parse_layers(" 62.5 %", 8) == budget_schedule(8, 0.625)
+    assert parse_layers("50%", 8) == replace(budget_schedule(8, 0.5), told=False)
+    assert parse_layers(" 62.5 %", 8, saved={"50%": budget_schedule(8, 0.5)}) == budget_schedule(8, 0.625)
+    assert parse_layers("50%", 8).budget(80.0) == 1.0
     assert {blocks for _, blocks in parse_layers("100%", 8).rows} == {tuple(range(8))}
     own = {"50%": LayerSchedule(8, ((math.inf, (0, 7)),), told=False)}
     assert parse_layers("50%", 8, saved=own) is own["50%"]

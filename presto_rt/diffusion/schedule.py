@@ -134,7 +134,8 @@ def parse_layers(layers: Layers, depth: int, *, levels: Sequence[float] = (),
     None or "100%": all blocks. 6: so many at every level, the last always among them. "70%": that share on average
     over the ladder (sigma_min, sigma_max, rho), fewer at high noise; the weights' own schedule where `saved` has one of
     that name. [8, 6, "50%"]: one entry for each of the steps at `levels` (their closing 0 left out or not), as counts
-    or shares of that step; "8,6,50%" is the same.
+    or shares of that step; "8,6,50%" is the same. A network that brings no schedule has never heard of other budgets
+    than 1, so it is not told one.
     """
     if layers is None:
         return LayerSchedule.full(depth)
@@ -144,7 +145,7 @@ def parse_layers(layers: Layers, depth: int, *, levels: Sequence[float] = (),
         return layers
     if isinstance(layers, str) and "," in layers:
         layers = layers.split(",")
-    told = all(schedule.told for schedule in (saved or {}).values())
+    told = bool(saved) and all(schedule.told for schedule in (saved or {}).values())
     if isinstance(layers, list | tuple):
         return replace(_per_step(layers, depth, [s for s in levels if s > 0]), told=told)
     name = layers.strip() if isinstance(layers, str) else layers

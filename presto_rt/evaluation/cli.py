@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--row",
         action="append",
         default=[],
-        metavar="NAME=MODEL[,steps=4,layers=70%%]",
+        metavar="NAME=MODEL[,steps=4,layers=70%]",
         help="instead of --model: judge this model with these settings, with its latency, and add it to a table; "
         "may be given many times; the model 'real' is the held-out clips",
     )

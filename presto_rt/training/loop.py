@@ -45,6 +45,10 @@ def compile_blocks(*models: nn.Module) -> None:
     """
     for model in models:
         if next(model.parameters()).device.type == "cuda":
+            import torch._dynamo.config as dynamo
+
+            # a handful for each of: with and without gradients, trained and frozen weights, static and dynamic sizes
+            dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
             for block in model.get_submodule("blocks").children():
                 block.compile()
 
