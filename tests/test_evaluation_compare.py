@@ -19,6 +19,7 @@ from presto_rt import weights
 from presto_rt.config import preset
 from presto_rt.data.manifest import Item, Manifest
 from presto_rt.diffusion.schedule import LayerSchedule, keep_last
+from presto_rt.distill import recipe
 from presto_rt.errors import InvalidInput
 from presto_rt.evaluation import compare as comparing
 from presto_rt.evaluation.compare import Row, compare, markdown, parse_row, plan_facts, plot
@@ -111,6 +112,31 @@ def test_every_row_of_every_table_is_a_documented_command(bench: ModuleType) -> 
     for _, entries in bench.TABLES.values():
         for entry in entries:
             assert bench.ENTRIES[entry.name] == entry  # one name means one thing in all tables
+
+
+def test_a_row_trains_packs_and_judges(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Presto-LS needs Presto-L first; what is judged is the packed model, with its own schedule and defaults."""
+    judged: list[Row] = []
+
+    def judge(rows: list[Row], *_: Any, **__: Any) -> dict[str, Any]:
+        judged.extend(rows)
+        return {"settings": {}, "rows": {rows[0].name: measured(0.1, 4, 1.0)}}
+
+    monkeypatch.setattr(comparing, "compare", judge)
+    data, tiny = write_latents(tmp_path / "data", pieces=4, frames=700), str(write_tiny_model(tmp_path / "tiny"))
+    name = "Presto-LS 70%, 4 steps"
+    monkeypatch.setitem(recipe.TRAININGS, "presto-l", recipe.Training("layers", "presto-l", 0.001))
+    where = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--packed", str(tmp_path / "out")]
+    how = ["--teacher", tiny, "--codec", tiny, "--device", "cpu", "--minutes", "0.001", "--seed", "1"]
+    bench.main(["row", name, *where, *how])
+    assert judged == [Row(f"{name} (training seed 1)", str(tmp_path / "out" / "presto-ls-seed1"),
+                          {"sampler": "few_step", "guidance": 1.0, "steps": 4})]  # fmt: skip
+    assert (tmp_path / "runs" / "presto-l-seed1" / "checkpoint.safetensors").is_file()
+    model = load(judged[0].model, dtype="float32")
+    assert (model.defaults.steps, model.defaults.sampler, model.defaults.layers) == (4, "few_step", "70%")
+    assert model.plan(1.0).layers == model.schedules["70%"]
+    with pytest.raises(SystemExit, match="no row"):
+        bench.main(["row", "magic"])
 
 
 def test_variance_is_of_the_activations(tmp_path: Path) -> None:

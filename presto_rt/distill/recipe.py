@@ -28,6 +28,7 @@ from .run import distil_both, distil_layers, distil_steps, used_minutes
 UNFINISHED = 3
 #: less than this many minutes before the limit, no further training is begun: loading and compiling would eat them
 WORTHWHILE = 0.25
+ROUNDING = 1 - 1e-9
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def train(name: str, data: str | Path, runs: str | Path, *, teacher: str | Path 
     student = run_folder(runs, "presto-l", seed)
     alone = what.job == "both" and used_minutes(student) == 0
     goal = total * (1 - layers_share(alone))
-    if used_minutes(run) >= goal - 1e-3:
+    if used_minutes(run) >= goal * ROUNDING:
         return True
     if what.job == "base":
         train_base(data, run, total, model=model, **call)
@@ -82,7 +83,7 @@ def train(name: str, data: str | Path, runs: str | Path, *, teacher: str | Path 
     else:
         begin = None if alone else student
         distil_both(data, run, total, source, method=what.method, budget=budget, student=begin, **call)
-    return used_minutes(run) >= goal - 1e-3
+    return used_minutes(run) >= goal * ROUNDING
 
 
 def layers_share(alone: bool) -> float:
