@@ -5,7 +5,7 @@ One row for each clip length; times in seconds, the slowest of the repeats:
     total = text + start + sum over evaluations (evaluation + block * blocks) * (guided, where guidance acts) + decode
 
 The table is measured by `presto-rt tune`, or quickly when a deadline is first asked for, and kept in the user's cache
-folder under a key of weights, device, dtype, threads and torch version.
+folder under a key of weights, device, dtype, threads, backend and torch version.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def key(model: Pipeline) -> dict[str, Any]:
     weights = model.digest or hashlib.sha256(json.dumps(model.config.to_dict()).encode()).hexdigest()
     device = torch.cuda.get_device_name(model.device) if cuda else f"{platform.machine()}, {os.cpu_count()} cores"
     return {"weights": weights, "device": device, "dtype": str(model.dtype), "threads": torch.get_num_threads(),
-            "torch": torch.__version__}  # fmt: skip
+            "backend": getattr(model, "backend", "torch"), "torch": torch.__version__}  # fmt: skip
 
 
 def table_path(model: Pipeline) -> Path:
