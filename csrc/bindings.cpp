@@ -10,6 +10,7 @@ void bind_noise(pybind11::module_& module);
 void bind_overlap_add(pybind11::module_& module);
 void bind_pcm(pybind11::module_& module);
 void bind_qk_norm_rope(pybind11::module_& module);
+void bind_spectral(pybind11::module_& module);
 void bind_spsi(pybind11::module_& module);
 
 PYBIND11_MODULE(_C, module) {
@@ -25,5 +26,6 @@ PYBIND11_MODULE(_C, module) {
   bind_overlap_add(module);
   bind_pcm(module);
   bind_qk_norm_rope(module);
+  bind_spectral(module);
   bind_spsi(module);
 }

@@ -108,6 +108,7 @@ def _gpus() -> dict[str, Any]:
 def _backends() -> dict[str, dict[str, Any]]:
     """For each backend whether it can run here, and the reason either way."""
     from presto_rt import native
+    from presto_rt.engine.cpu import unavailable
 
     gpus = _gpus()
     operators = "torch with C++ operators" if native.lib is not None else "torch alone"
@@ -118,7 +119,9 @@ def _backends() -> dict[str, dict[str, Any]]:
         cuda = {"usable": True, "why": "torch alone; pip install 'presto-rt[triton]' for the kernels"}
     else:
         cuda = {"usable": True, "why": "torch with Triton kernels"}
-    return {"cpu": {"usable": True, "why": operators}, "cuda": cuda}
+    why = unavailable()
+    engine = {"usable": why is None, "why": why or f"C++ for {native.lib.isa()} and oneDNN"}
+    return {"cpu": {"usable": True, "why": operators}, "engine": engine, "cuda": cuda}
 
 
 def _native() -> dict[str, Any]:

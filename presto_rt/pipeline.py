@@ -23,6 +23,9 @@ from .diffusion.guidance import Guidance, guided
 from .diffusion.precond import precondition
 from .diffusion.samplers import SAMPLERS, sample
 from .diffusion.schedule import Layers, LayerSchedule, karras_levels, parse_layers
+from .engine import Engine
+from .engine.cpu import CpuOps, unavailable
+from .engine.trajectory import write_out
 from .errors import BackendUnavailable, InvalidInput, WeightsError
 from .keys import Key, check_key, key_features, parse_key
 from .models.codec import Codec, CodecConfig
@@ -31,7 +34,7 @@ from .text import MAX_BPM, MIN_BPM, TextStates, check_prompts, load_text_encoder
 
 log = logging.getLogger("presto_rt")
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "cpu")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_STEPS = 1_000
@@ -82,17 +85,20 @@ class Pipeline:
     """A loaded model: text encoder, diffusion transformer and codec on one device. See `load`.
 
     schedules: the layer schedules that the weights have learned, by budget. quality: measured figures of plans, each
-    {"steps", "layers", "kid"}, for `deadline_ms`. digest: names the weights.
+    {"steps", "layers", "kid"}, for `deadline_ms`. digest: names the weights. backend: "torch", or "cpu" for the engine,
+    which runs on `threads` threads (None: as many as torch).
     """
 
     def __init__(self, dit: DiT, codec: Codec, *, device: torch.device, dtype: torch.dtype,
                  defaults: Defaults | None = None, name: str = "custom",
                  schedules: dict[str, LayerSchedule] | None = None, quality: Sequence[dict[str, Any]] = (),
-                 digest: str = "") -> None:  # fmt: skip
-        self.name, self.device, self.dtype, self.digest = name, device, dtype, digest
+                 digest: str = "", backend: str = "torch", threads: int | None = None) -> None:  # fmt: skip
+        self.name, self.device, self.dtype, self.digest, self.backend = name, device, dtype, digest, backend
         self.schedules, self.quality = schedules or {}, list(quality)
         self.config: ModelConfig = dit.config
         self.defaults = defaults or Defaults()
+        # Before the weights are rounded to `dtype`: the engine keeps what is small in fp32.
+        self.engine = Engine(dit, CpuOps(dtype, threads), threads) if backend == "cpu" else None
         self.dit = dit.to(device, dtype).eval().requires_grad_(False)
         self.codec = codec.to(device).eval().requires_grad_(False)
 
@@ -208,6 +214,10 @@ class Pipeline:
     def denoise(self, plan: Plan, condition: Condition, unconditional: Condition, seeds: list[int],
                 callback: Callback | None = None) -> Tensor:  # fmt: skip
         """The trajectory of a plan: latents (B, T, C) fp32 from seeds and conditions. The hot path."""
+        if self.engine is not None:
+            c = self.config
+            runs = write_out(plan.sampler, plan.levels, plan.guidance, plan.layers, c.network, c.sigma_data)
+            return self.engine.run(self.engine.plan(runs, condition, unconditional, plan.frames), seeds, callback)
         both_conditions = condition.cat(unconditional)
         shape = (plan.frames, self.config.latent_channels)
 
@@ -274,16 +284,22 @@ def _one_each(name: str, value: Any, count: int) -> list[Any]:
 
 
 def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: str = "auto",
-         backend: str = "auto") -> Pipeline:  # fmt: skip
+         backend: str = "auto", threads: int | None = None) -> Pipeline:  # fmt: skip
     """Load a shipped model by name, or a folder with config.json and safetensors shards.
 
     device: "auto" takes a CUDA GPU when there is one. dtype of the transformer: "auto" is bfloat16 where the hardware
-    computes in it (CUDA, AVX512-BF16 or AMX), float32 elsewhere. backend: "auto" or "torch".
+    computes in it (CUDA, AVX512-BF16 or AMX), float32 elsewhere. backend: "cpu" is the engine for CPUs, "torch" plain
+    torch; "auto" takes the engine where it can be had, else torch, and logs why. threads: of the engine; torch's number
+    by default.
     Raises WeightsError, BackendUnavailable, InvalidInput.
     """
     if backend not in BACKENDS:
         raise BackendUnavailable(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
     where = _device(device)
+    computed = _dtype(dtype, where)
+    ran_by = _backend(backend, where, computed)
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
+        raise InvalidInput(f"threads must be a whole number from 1 to 1024, not {threads!r}")
     loaded = weights.load(name)
     try:
         config = ModelConfig.from_dict(loaded.config["model"])
@@ -296,9 +312,19 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
         raise WeightsError(
             f"the weights of {name} do not fit their configuration: {str(error).splitlines()[0]}"
         ) from error
-    return Pipeline(dit, codec, device=where, dtype=_dtype(dtype, where), name=Path(name).name,
+    return Pipeline(dit, codec, device=where, dtype=computed, name=Path(name).name, backend=ran_by, threads=threads,
                     defaults=Defaults.from_dict(loaded.config.get("defaults", {})), schedules=schedules,
                     quality=loaded.config.get("quality", ()), digest=loaded.digest)  # fmt: skip
+
+
+def _backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What runs the transformer: "cpu", the engine, or "torch". BackendUnavailable where "cpu" cannot be had."""
+    why = "the device is not a CPU" if device.type != "cpu" else unavailable(dtype)
+    if name == "cpu" and why is not None:
+        raise BackendUnavailable(f"the CPU engine cannot be used: {why}; choose backend='torch'")
+    if name == "auto" and why is not None and device.type == "cpu":
+        log.info("the transformer runs in plain torch: %s", why)
+    return "torch" if name == "torch" or why is not None else "cpu"
 
 
 def _device(name: str) -> torch.device:

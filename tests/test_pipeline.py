@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from models import write_tiny_model
 
+from presto_rt import native
 from presto_rt.errors import BackendUnavailable, InvalidInput, WeightsError
 from presto_rt.pipeline import Pipeline, load
 
@@ -130,3 +132,37 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError, match="fit"):
         load(folder)
+
+
+def test_backends_agree_and_the_engine_is_the_default(tmp_path: Path) -> None:
+    if native.lib is None:
+        pytest.skip(f"no C++ operators: {native.why}")
+    folder = write_tiny_model(tmp_path / "tiny")
+    request = {"prompt": "piano, 90 bpm", "seconds": 1.0, "seed": 7, "return_latents": True, "layers": 2}
+    chosen, plain = load(folder, dtype="float32"), load(folder, dtype="float32", backend="torch")
+    assert (chosen.backend, plain.backend) == ("cpu", "torch")
+    (_, a), (_, b) = chosen.generate(**request), plain.generate(**request)
+    assert np.abs(a.numpy() - b.numpy()).max() <= 1e-4 * np.abs(b.numpy()).max()
+    again = load(folder, dtype="float32", backend="cpu", threads=1).generate(**request)[1]
+    assert torch.equal(again, a)
+    listed = chosen.generate(**{**request, "prompt": ["drums", "piano, 90 bpm"], "seed": [1, 7]})[1]
+    assert torch.equal(listed[1], a)
+
+
+def test_the_engine_is_refused_in_words_where_it_cannot_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_tiny_model(tmp_path / "tiny")
+    with pytest.raises(BackendUnavailable, match="float16"):
+        load(folder, backend="cpu", dtype="float16")
+    with pytest.raises(InvalidInput, match="threads"):
+        load(folder, threads=0)
+    monkeypatch.setattr(native, "lib", None)
+    monkeypatch.setattr(native, "why", "it was not built")
+    with pytest.raises(BackendUnavailable, match="not built"):
+        load(folder, backend="cpu")
+    with caplog.at_level("INFO", logger="presto_rt"):
+        assert load(folder).backend == "torch"
+    assert [r.message for r in caplog.records] == [
+        "the transformer runs in plain torch: no C++ operators: it was not built"
+    ]

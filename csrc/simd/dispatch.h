@@ -6,6 +6,8 @@
 
 #include <array>
 #include <atomic>
+#include <cmath>
+#include <memory>
 #include <thread>
 #include <vector>
 

@@ -47,7 +47,7 @@ PRESTO_RT_INLINE Vec fma(Vec a, Vec b, Vec c) {
 
 PRESTO_RT_INLINE Vec root(Vec x) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_sqrt_ps((__m512)x);
+  return (Vec)_mm512_maskz_sqrt_ps(0xFFFF, (__m512)x);
 #elif defined(__AVX2__)
   return (Vec)_mm256_sqrt_ps((__m256)x);
 #else

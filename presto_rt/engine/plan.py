@@ -105,7 +105,7 @@ class Planner:
         """Modulation rows (N, rows, width) of every evaluation, and where each evaluation's begin."""
         n, depth, width = len(both.text), self.config.blocks, self.config.width
         times = torch.tensor([e.time for e in evaluations], dtype=torch.float64).float()
-        budgets = torch.tensor([len(e.blocks) / depth for e in evaluations])
+        budgets = torch.tensor([e.budget for e in evaluations], dtype=torch.float32)
         repeated = Condition(*(getattr(both, k).repeat(len(evaluations), *[1] * (getattr(both, k).ndim - 1))
                                for k in both.__dataclass_fields__))  # fmt: skip
         vector = self.head.condition_vector(times.repeat_interleave(n), repeated, budgets.repeat_interleave(n))

@@ -34,15 +34,16 @@ NONE = np.zeros(4)
 class Evaluation:
     """One run of the network and the update after it.
 
-    time: what the network is told of sigma; c_in: factor of its input; blocks: which run; guided: with the
-    unconditional branch; update: (a, b, c, h, s, p, q, r, c_in'); stream: of the fresh noise, None for none; step: the
-    sampler step that ends here, counted from 1, or 0 in the middle of one.
+    time: what the network is told of sigma; c_in: factor of its input; blocks: which run; budget: the share that it is
+    told will run; guided: with the unconditional branch; update: (a, b, c, h, s, p, q, r, c_in'); stream: of the fresh
+    noise, None for none; step: the sampler step that ends here, counted from 1, or 0 in the middle of one.
     """
 
     sigma: float
     time: float
     c_in: float
     blocks: tuple[int, ...]
+    budget: float
     guided: bool
     update: tuple[float, ...]
     stream: int | None
@@ -152,7 +153,8 @@ def write_out(
         following = denoiser.numbers(moves[i + 1].sigma)[2] if i + 1 < len(moves) else 1.0
         update = (*move.x, move.noise, *move.kept[:3], following)
         out.append(
-            Evaluation(move.sigma, time, c_in, layers.blocks(move.sigma), guidance.active(move.sigma),
+            Evaluation(move.sigma, time, c_in, layers.blocks(move.sigma), layers.budget(move.sigma),
+                       guidance.active(move.sigma),
                        tuple(float(u) for u in update), move.stream, move.step)
         )  # fmt: skip
     return tuple(out)

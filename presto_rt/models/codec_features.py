@@ -31,6 +31,7 @@ FRAME_HOP = 512
 FRAMES_PER_LATENT = 4
 LATENT_HOP = FRAME_HOP * FRAMES_PER_LATENT
 BINS = N_FFT // 2 + 1
+PADDED_BINS = N_FFT // 2 + 64  # of the tables that csrc/simd/spectral.cpp reads
 PAD = N_FFT // 2 - FRAME_HOP // 2
 POWER_FLOOR = 1e-9  # -90 dB against a full-scale sine
 
@@ -203,7 +204,17 @@ class SpectralFrames(nn.Module):
     ) -> Tensor:
         """Features with cosine (B, 4 T, 3, bands) -> stereo samples (B, 2, 2048 T), after `griffin_lim` fast
         iterations."""
-        magnitude, phasor = self.spectra(features.float(), gain)
+        features = features.float()
+        needs_graph = torch.is_grad_enabled() and features.requires_grad
+        if hasattr(native.lib, "spectral") and features.device.type == "cpu" and not needs_graph:
+            return self._synthesise_native(features, griffin_lim, gain, momentum)
+        return self.synthesise_torch(features, griffin_lim, gain, momentum)
+
+    def synthesise_torch(
+        self, features: Tensor, griffin_lim: int = 0, gain: Tensor | None = None, momentum: float = 0.99
+    ) -> Tensor:
+        """The twin of csrc/simd/spectral.cpp: `synthesise` step by step in torch."""
+        magnitude, phasor = self.spectra(features, gain)
         previous: Tensor | None = None
         for _ in range(griffin_lim):
             current = self.stft(self.istft(phasor.mul_(magnitude)))
@@ -211,6 +222,21 @@ class SpectralFrames(nn.Module):
             previous = current
             phasor = phasor / phasor.abs().clamp_min(1e-9)
         return self.istft(phasor.mul_(magnitude))
+
+    def _synthesise_native(self, features: Tensor, griffin_lim: int, gain: Tensor | None, momentum: float) -> Tensor:
+        """All of `synthesise` in one pass over time in C++, on at most two threads for each clip."""
+
+        def padded(bins: Tensor) -> np.ndarray:  # whole vectors are read at the end
+            return torch.cat([bins, bins[-1:].expand(PADDED_BINS - BINS)]).numpy()
+
+        factor = torch.ones(BINS) if gain is None else self.to_bins(gain.detach()).exp()
+        batch, count = features.shape[:2]
+        out = torch.empty(batch, 2, count * FRAME_HOP)
+        native.lib.spectral(
+            features.detach().contiguous().numpy(), padded(factor), padded(self.below.int()), padded(self.fraction),
+            out.numpy(), griffin_lim, momentum, POWER_FLOOR, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
 
 
 def spsi(magnitude: Tensor) -> Tensor:
