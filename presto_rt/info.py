@@ -120,7 +120,8 @@ def _backends() -> dict[str, dict[str, Any]]:
     else:
         cuda = {"usable": True, "why": "torch with Triton kernels"}
     why = unavailable()
-    engine = {"usable": why is None, "why": why or f"C++ for {native.lib.isa()} and oneDNN"}
+    isa = native.lib.isa() if native.lib is not None else ""
+    engine = {"usable": why is None, "why": why or f"C++ for {isa} and oneDNN"}
     return {"cpu": {"usable": True, "why": operators}, "engine": engine, "cuda": cuda}
 
 

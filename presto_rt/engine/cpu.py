@@ -130,21 +130,23 @@ class CpuOps:
         )  # fmt: skip
         return qkv.view(batch, tokens, 3, heads, dim)[:, :, 2].transpose(1, 2)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scratch: Tensor | None, out: Tensor) -> Tensor:
         return self._attend(q, k, v, None, None, scratch, out)
 
-    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, lengths: Tensor, scratch: Tensor,
-                        out: Tensor) -> Tensor:  # fmt: skip
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, lengths: Tensor,
+                        scratch: Tensor | None, out: Tensor) -> Tensor:  # fmt: skip
         split = q.unflatten(-1, (k.shape[1], k.shape[3])).transpose(1, 2)
         return self._attend(split, k, v, q_weight, lengths, scratch, out)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, lengths: Tensor | None, scratch: Tensor,
-                out: Tensor) -> Tensor:  # fmt: skip
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, lengths: Tensor | None,
+                scratch: Tensor | None, out: Tensor) -> Tensor:  # fmt: skip
         batch, heads, tokens, dim = q.shape
         keys = k.shape[2]
         for x in (q, k, v):
             if x.dtype != self.dtype or x.stride(3) != 1 or x.device.type != "cpu":
                 raise ValueError(f"q, k and v must be {self.dtype} with contiguous heads, got {x.dtype} {x.stride()}")
+        if scratch is None:
+            raise ValueError("attention needs scratch memory of scratch_bytes()")
         if k.shape != (batch, heads, keys, dim) or v.shape != k.shape:
             raise ValueError(f"k and v must be ({batch}, {heads}, keys, {dim}), got {tuple(k.shape)}, {tuple(v.shape)}")
         self.lib.attention(
