@@ -2,7 +2,7 @@
 
 One process, one set of weights, one plan: the denoising trajectory by eager torch in fp32 and bf16, by torch.compile
 with freezing in both, and by the engine in both, interleaved so that a busy moment meets all of them; then the stages
-of a whole clip, peak memory, one thread against two, the machine's own rates and the roofline that follows. `--micro`
+of a whole clip, one thread against two, the machine's own rates and the roofline that follows. `--micro`
 times each C++ operator against torch and against copying as many bytes. Medians; wall clock; nothing is left out when
 ours is slower.
 
@@ -56,18 +56,25 @@ def interleaved(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str
     return {name: spread(values) for name, values in times.items()}
 
 
-def pipelines(a: argparse.Namespace) -> dict[str, Pipeline]:
-    """The same weights as eager torch and as engine, in both dtypes."""
+def pipelines(a: argparse.Namespace, threads: int) -> dict[str, Pipeline]:
+    """The same weights as eager torch and as engine, in both dtypes; the engine on `threads` threads."""
 
     def made(dtype: str, backend: str) -> Pipeline:
         if a.random is None:
-            return load(a.model, device="cpu", dtype={"fp32": "float32", "bf16": "bfloat16"}[dtype], backend=backend)
+            name = str(DTYPES[dtype]).removeprefix("torch.")
+            return load(a.model, device="cpu", dtype=name, backend=backend, threads=threads)
         torch.manual_seed(0)
         dit = DiT(preset(a.random))
         for p in dit.parameters():
             torch.nn.init.normal_(p, std=0.03)
         return Pipeline(
-            dit, Codec(), device=torch.device("cpu"), dtype=DTYPES[dtype], backend=backend, name=f"{a.random} (random)"
+            dit,
+            Codec(),
+            device=torch.device("cpu"),
+            dtype=DTYPES[dtype],
+            backend=backend,
+            threads=threads,
+            name=f"{a.random} (random)",
         )
 
     return {
@@ -91,7 +98,7 @@ def trajectories(models: dict[str, Pipeline], a: argparse.Namespace) -> dict[str
 
         inductor.freezing = True
         for dtype in DTYPES:
-            model = pipelines(a)[f"eager {dtype}"]
+            model = pipelines(a, 1)[f"eager {dtype}"]
             model.dit.forward = torch.compile(model.dit.forward)
             other = model.dit.null(condition)
             ways[f"compiled {dtype}"] = lambda model=model, other=other: model.denoise(plan, condition, other, [1])
@@ -206,16 +213,15 @@ def micro(a: argparse.Namespace) -> list[Row]:
 def whole(a: argparse.Namespace) -> Row:
     """Trajectories by turns, one thread and all, stages of a clip, memory, and the floor that the plan's counts
     give."""
-    models = pipelines(a)
+    models = pipelines(a, a.threads)
     ours = models["ours bf16"]
     plan = ours.plan(a.seconds, steps=a.steps, sampler=a.sampler, guidance=a.guidance)
     with torch.inference_mode():
         scaling = {}
         for threads in sorted({1, a.threads}):
             with limited(threads):
-                for name in ("ours fp32", "ours bf16"):
-                    models[name].engine.threads = models[name].engine.ops.threads = threads
-                scaling[threads] = interleaved(trajectories(models, a), a.repeats)
+                same = models if threads == a.threads else pipelines(a, threads)
+                scaling[threads] = interleaved(trajectories(same, a), a.repeats)
         condition = ours._condition(plan, [PROMPT], [84.0], [None])
         runs = write_out(
             plan.sampler, plan.levels, plan.guidance, plan.layers, ours.config.network, ours.config.sigma_data
@@ -232,7 +238,7 @@ def whole(a: argparse.Namespace) -> Row:
         "transformer": scaling, "stages": {s: spread([c[s] for c in clips]) for s in clips[0]},
         "flops": cost.flops, "bytes": cost.bytes, "floor_s": floor,
         "block": {name: {"flops": c.flops, "bytes": c.bytes} for name, c in blocks.items()},
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_of_all_ways_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }  # fmt: skip
 
 
