@@ -11,7 +11,7 @@ GPU ?=
 # The budgets of `make model`: hours of music, minutes of training.
 HOURS ?= 25
 CODEC_MINUTES ?= 50
-BASE_MINUTES ?= 60
+BASE_MINUTES ?= 110
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check

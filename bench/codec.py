@@ -42,7 +42,7 @@ def main() -> None:
     (RESULTS / f"{a.name}.json").write_text(json.dumps(report, indent=1) + "\n")
     for group, clips in groups.items():
         copy = codec.decode(codec.encode(torch.from_numpy(clips[0])[None]), clips[0].shape[1])[0].numpy()
-        picture(DOCS / f"{a.name}-{group}.png", clips[0], copy, "reconstruction")
+        picture(DOCS / f"{a.name}-{group}.png", {"original": clips[0], "reconstruction": copy})
     print(markdown(report), json.dumps(report["timings_32_s_stereo"], indent=1), sep="\n")
 
 

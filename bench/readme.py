@@ -1,4 +1,7 @@
-"""Write the measured tables of the README and the model card from bench/results: `python bench/readme.py`."""
+"""Write the measured tables of the README and the model card from bench/results: `python bench/readme.py`.
+
+Draws docs/demo.png too, where `make demo` has left a demo.wav.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,13 @@ def main() -> None:
         replace_section(CARD, "denoising", quality.denoising(data))
     if (data := _read("codec")) is not None:
         replace_section(README, "codec", codec_table(data))
+
+    if (demo := ROOT / "demo.wav").is_file():
+        import soundfile
+
+        from presto_rt.evaluation.codec import picture
+
+        picture(ROOT / "docs" / "demo.png", {"demo.wav": soundfile.read(demo, dtype="float32")[0].T})
 
 
 def codec_table(report: dict[str, Any]) -> str:

@@ -56,14 +56,17 @@ def distil_both(data: str | Path, run_dir: str | Path, minutes: float, teacher: 
     """Presto-LS: layers first, then steps from the layer-distilled model, with the teacher at full depth as real score.
 
     student: a layer-distilled model that is there already; else the first `LAYER_SHARE` of the minutes make one in
-    `run_dir`/layers. `limit` counts for both parts together.
+    `run_dir`/layers, with the batches that `changes` asks for. `limit` counts for both parts together.
     """
     spent = 0.0
     if student is None:
         student = Path(run_dir) / "layers"
         share, before = LAYER_SHARE * minutes, used_minutes(student)
         if before < share:
-            distil_layers(data, student, share, teacher, device=device, resume=resume, limit=limit, seed=seed)
+            batches = {name: changes[name] for name in ("tokens", "frames", "control_dropout") if name in changes}
+            distil_layers(
+                data, student, share, teacher, device=device, resume=resume, limit=limit, seed=seed, **batches
+            )
         spent = used_minutes(student) - before
         if used_minutes(student) < share or (limit is not None and spent >= limit):
             return {}

@@ -229,18 +229,18 @@ def _cell(measures: dict[str, Any], key: str) -> str:
     return text
 
 
-def picture(path: str | os.PathLike[str], original: np.ndarray, copy: np.ndarray, title: str) -> None:
-    """Spectrogram of the original above that of the reconstruction, as PNG. Raises MissingDependency without
+def picture(path: str | os.PathLike[str], clips: dict[str, np.ndarray]) -> None:
+    """Spectrograms of stereo clips (2, n) by title, one above the other, as PNG. Raises MissingDependency without
     matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependency("spectrogram pictures need matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(7, 5), dpi=64, layout="constrained")
+    figure = Figure(figsize=(7, 2.5 * len(clips)), dpi=64, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 1, sharex=True)
-    for axis, clip, name in zip(axes, (original, copy), ("original", title), strict=True):
+    axes = figure.subplots(len(clips), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (name, clip) in zip(axes, clips.items(), strict=True):
         level = 20.0 * np.log10(spectrum(torch.from_numpy(clip).mean(0, keepdim=True))[0].numpy() + 1e-5)
         duration = clip.shape[1] / SAMPLE_RATE
         axis.imshow(
@@ -255,5 +255,5 @@ def picture(path: str | os.PathLike[str], original: np.ndarray, copy: np.ndarray
         axis.set(title=name, ylabel="kHz", ylim=(0.05, 20))
         axis.set_yscale("symlog", linthresh=2)
         axis.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
-    axes[1].set_xlabel("seconds")
+    axes[-1].set_xlabel("seconds")
     figure.savefig(path)
