@@ -30,6 +30,7 @@ def main() -> None:
         replace_section(CARD, "denoising", quality.denoising(data))
     if (data := _read("codec")) is not None:
         replace_section(README, "codec", codec_table(data))
+        replace_section(ROOT / "docs" / "codec.md", "codec", codec_table(data))
 
     if (demo := ROOT / "demo.wav").is_file():
         import soundfile
