@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cpu
 import e2e
 import quality
 from results import RESULTS, replace_section
@@ -24,6 +25,11 @@ def main() -> None:
         note = (f"Medians of {rows[0]['stages']['total']['n']} on {data['machine']['device']} ({rows[0]['dtype']}, "
                 f"{rows[0]['steps']} steps of {rows[0]['sampler']}, guidance {rows[0]['guidance']:g}).")  # fmt: skip
         replace_section(README, "e2e", f"{note}\n\n{e2e.render(rows)}")
+    if (data := _read("cpu")) is not None:
+        row, machine = data["rows"], data["machine"]
+        note = (f"{row['seconds']:g} s of stereo, {row['model']}, {row['evaluations']} evaluations, guidance "
+                f"{row['guidance']:g}, on {machine['device']} (`{machine['command']}`).")  # fmt: skip
+        replace_section(ROOT / "docs" / "cpu.md", "cpu", f"{note}\n\n{cpu.render(row).strip()}")
     if (data := _read("quality-nano")) is not None:
         replace_section(README, "quality", quality.render(data))
         replace_section(CARD, "quality", quality.render(data))
