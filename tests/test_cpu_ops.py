@@ -235,11 +235,11 @@ def test_addresses_are_given_away_only_for_tensors_that_fit() -> None:
 @pytest.mark.parametrize("iterations", [0, 1, 2, 4])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_synthesis_equals_its_twin(count: int, iterations: int, threads: int) -> None:
-    """Against the twin in float64, at most twice the float32 twin's error: in the median of seven clips, for a bin
+    """Against the twin in float64, at most twice the float32 twin's error: in the median of 21 clips, for a bin
     between two peaks that tie, or one of almost no energy, may turn its phase round for a rounding error in either.
     """
     frames, errors = SpectralFrames(2500.0), []
-    for _ in range(7):
+    for _ in range(21):
         features = torch.randn(2, count, 3, frames.bands) * 1.5 - 3
         features[:, :, 2] = torch.rand(2, count, frames.bands) * 2 - 1
         gain = torch.randn(frames.bands) * 0.1
