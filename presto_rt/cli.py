@@ -231,13 +231,13 @@ def _add_train(commands: Any) -> None:
             p.add_argument("--start-from", metavar="FOLDER", help="begin with a trained codec (a run's final/)")
         else:
             p.add_argument("--model", default="nano", help="a preset: nano, small or medium")
-            p.add_argument("--start-from", metavar="CHECKPOINT", help="begin with another run's averaged weights")
+            p.add_argument("--start-from", metavar="MODEL", help="begin with the weights of a run or a shipped model")
             p.add_argument("--learning-rate", type=float, default=1e-3)
             p.add_argument("--tokens", type=int, help="latent frames in a batch")
         p.set_defaults(run=_train_codec if name == "codec" else _train_base)
     p = jobs.add_parser("encode", help="latents of the data set, with a trained codec")
     p.add_argument("--data", default="data")
-    p.add_argument("--codec", default="runs/codec", help="the codec's run folder")
+    p.add_argument("--codec", default="runs/codec", help="the codec's run folder, or a model whose codec is taken")
     p.set_defaults(run=_encode)
     p = jobs.add_parser("pack", help="put a trained codec and base model into one weights folder")
     p.add_argument("output", help="the weights folder to write")
@@ -268,7 +268,7 @@ def _encode(a: argparse.Namespace) -> None:
     from .models.codec import load_codec
     from .training.latents import encode_dataset
 
-    encode_dataset(a.data, load_codec(Path(a.codec) / "final"), Path(a.data) / "latents")
+    encode_dataset(a.data, load_codec(a.codec), Path(a.data) / "latents")
 
 
 def _pack(a: argparse.Namespace) -> None:

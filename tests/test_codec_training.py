@@ -236,3 +236,13 @@ def test_evaluation_table_and_half_precision_weights(tmp_path: Path) -> None:
     report = evaluate_codec(shipped, {"made": [clip]}, griffin_lim=(0,), opus_rates=(), noise=(), progress=False)
     assert report["systems"]["codec, 0 Griffin-Lim"]["made"]["mel_db"] > 0.0
     assert "codec, 0 Griffin-Lim" in markdown(report)
+
+
+def test_a_codec_comes_from_a_shipped_model_too(tmp_path: Path) -> None:
+    """What `train encode --codec nano` reads: data can be encoded, and training go on, without the codec's run."""
+    from presto_rt.weights import load
+
+    codec = load_codec("nano")
+    assert torch.equal(codec.latent_scale, load("nano").parts["codec"]["latent_scale"].float())
+    with pytest.raises(InvalidInput, match="run folder"):
+        load_codec(tmp_path)

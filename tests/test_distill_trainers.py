@@ -21,10 +21,11 @@ from presto_rt.diffusion.schedule import LayerSchedule
 from presto_rt.distill import layers, steps
 from presto_rt.distill.fake_score import FakeScore
 from presto_rt.distill.run import distil_both, distil_layers, distil_steps, saved_schedules, used_minutes
-from presto_rt.distill.trainer import Distiller, load_network
+from presto_rt.distill.trainer import Distiller
 from presto_rt.errors import InvalidInput, WeightsError
 from presto_rt.models.dit import DiT
 from presto_rt.training.common import load_checkpoint
+from presto_rt.training.networks import load_network
 from presto_rt.training.synthetic import write_latents
 
 SMALL: dict[str, Any] = {"tokens": 96, "frames": ((24, 1.0),)}

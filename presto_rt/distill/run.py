@@ -9,8 +9,8 @@ from ..diffusion.schedule import LayerSchedule, parse_layers
 from ..errors import InvalidInput
 from ..training.common import checkpoint_meta
 from ..training.loop import Trainer, large_batches
+from ..training.networks import load_network
 from . import layers, steps
-from .trainer import load_network
 
 #: share of the minutes of `both` that go into dropping layers, when it does both
 LAYER_SHARE = 0.35
@@ -21,7 +21,7 @@ def distil_layers(data: str | Path, run_dir: str | Path, minutes: float, teacher
                   **changes: Any) -> dict[str, float]:  # fmt: skip
     """Train a copy of `teacher` to run with fewer blocks; see `layers.LayerDistillation` for `changes`.
 
-    teacher: whatever `trainer.load_network` reads. A resumed run counts the minutes it has used; `limit` stops this
+    teacher: whatever `networks.load_network` reads. A resumed run counts the minutes it has used; `limit` stops this
     call earlier. On a CUDA GPU a batch has `layers.GPU_TOKENS` frames. Returns the last held-out figures.
     """
     if large_batches(device):

@@ -1,44 +1,20 @@
-"""What both distillations share: reading the teacher, and a trainer that starts from one."""
+"""What both distillations share: a trainer that starts from a teacher."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from .. import weights
 from ..config import ModelConfig
 from ..diffusion.schedule import LayerSchedule
-from ..errors import InvalidInput, WeightsError
-from ..models.dit import DiT
-from ..training.common import checkpoint_meta, load_checkpoint
+from ..errors import InvalidInput
+from ..training.common import checkpoint_meta
 from ..training.conditions import LatentSet
-from ..training.loop import Trainer, part
+from ..training.loop import Trainer
 
 #: settings that may change when a run goes on
 FREE = ("minutes", "checkpoint_minutes")
-
-
-def load_network(where: str | os.PathLike[str]) -> DiT:
-    """The transformer of a checkpoint file, a run folder (their averaged weights), a weights folder or a shipped model.
-
-    Float32 on the CPU, of any network kind: `diffusion.precond` makes the same denoiser of all. Raises WeightsError.
-    """
-    path = Path(where)
-    checkpoint = path / "checkpoint.safetensors" if path.is_dir() else path
-    if checkpoint.is_file():
-        tensors, meta = load_checkpoint(checkpoint)
-        state, config = part(tensors, "ema"), meta["config"]
-    else:
-        loaded = weights.load(where)
-        state, config = loaded.parts["dit"], loaded.config["model"]
-    network = DiT(ModelConfig.from_dict(config))
-    try:
-        network.load_state_dict({k: v.float() for k, v in state.items()})
-    except RuntimeError as error:
-        raise WeightsError(f"the weights of {where} do not fit this version: {str(error).splitlines()[0]}") from error
-    return network
 
 
 class Distiller(Trainer):

@@ -244,13 +244,25 @@ class Codec(nn.Module):
         return SAMPLE_RATE / FRAME_HOP
 
 
-def load_codec(folder: str | os.PathLike[str]) -> Codec:
-    """A codec from a trainer's final folder: config.json and codec.safetensors, any float type."""
+def load_codec(where: str | os.PathLike[str]) -> Codec:
+    """A codec on the CPU, fp32, from a codec trainer's run folder or its final/, a weights folder or a shipped model.
+
+    Raises InvalidInput where there is none of these, WeightsError where its files are damaged.
+    """
     from safetensors.torch import load_file
 
-    folder = Path(folder)
-    if not (folder / "config.json").is_file() or not (folder / "codec.safetensors").is_file():
-        raise InvalidInput(f"{folder} has no config.json and codec.safetensors: give a codec trainer's final folder")
-    codec = Codec(CodecConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
-    codec.load_state_dict({name: value.float() for name, value in load_file(folder / "codec.safetensors").items()})
+    from presto_rt import weights
+
+    folder = Path(where)
+    if (folder / "final").is_dir():
+        folder = folder / "final"
+    if (folder / "codec.safetensors").is_file() and (folder / "config.json").is_file():
+        config, state = json.loads((folder / "config.json").read_text()), load_file(folder / "codec.safetensors")
+    elif folder.is_dir() and not (folder / "config.json").is_file():
+        raise InvalidInput(f"{folder} has no config.json and codec.safetensors: give a codec trainer's run folder")
+    else:
+        loaded = weights.load(where)
+        config, state = loaded.config["codec"], loaded.parts["codec"]
+    codec = Codec(CodecConfig.from_dict(config))
+    codec.load_state_dict({name: value.float() for name, value in state.items()})
     return codec.eval()

@@ -18,9 +18,10 @@ from ..diffusion.precond import loss_weight, precondition
 from ..diffusion.schedule import LayerSchedule, training_levels
 from ..errors import InvalidInput
 from ..models.dit import Condition, DiT, drop_text
-from .common import Ema, load_checkpoint
+from .common import Ema
 from .conditions import LatentSet
-from .loop import Trainer, adamw, compile_blocks, large_batches, part
+from .loop import Trainer, adamw, compile_blocks, large_batches
+from .networks import load_network
 
 VALIDATION_SIGMAS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 4.0)
 
@@ -98,14 +99,13 @@ class BaseTrainer(Trainer):
     def describe(self) -> dict[str, Any]:
         return {"options": asdict(self.options)}
 
-    def start_from(self, checkpoint: Path) -> None:
-        """Take the averaged weights (not the optimizer) of an earlier run's checkpoint as the start of this one."""
-        tensors, meta = load_checkpoint(checkpoint)
-        if ModelConfig.from_dict(meta["config"]) != self.config:
-            raise InvalidInput(f"{checkpoint} holds another model configuration")
-        state = part(tensors, "ema")
-        self.model.load_state_dict(state)
-        self.ema.load_state_dict(state, 0)
+    def start_from(self, where: str | Path) -> None:
+        """Begin with the weights (averaged; no optimizer) of whatever `networks.load_network` reads."""
+        network = load_network(where)
+        if network.config != self.config:
+            raise InvalidInput(f"{where} holds another model configuration")
+        self.model.load_state_dict(network.state_dict())
+        self.ema.load_state_dict(network.state_dict(), 0)
 
     def train_step(self, progress: float) -> dict[str, float]:
         o = self.options
@@ -135,6 +135,6 @@ def train_base(data_root: str | Path, run_dir: str | Path, minutes: float, *, de
     options.setdefault("tokens", 65_536 if large_batches(device) else BaseTraining.tokens)
     trainer = BaseTrainer(data_root, run_dir, preset(model), BaseTraining(minutes=minutes, **options), device)
     if start_from is not None and not trainer.checkpoint.is_file():
-        trainer.start_from(Path(start_from))
+        trainer.start_from(start_from)
     trainer.start(resume)
     return trainer.run(limit=limit)
