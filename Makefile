@@ -16,7 +16,7 @@ BASE_MINUTES ?= 110
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # A change in any of these means installing again, which also rebuilds the C++ operators.
-BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/simd/*.*)
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 SANITIZED_TESTS := tests/test_noise.py tests/test_overlap.py tests/test_pcm.py tests/test_cpu_ops.py $(wildcard tests/test_codec*.py)
 TEST_EXTRAS := dev,train,data,eval,triton
 
@@ -68,12 +68,12 @@ test-sanitize: $(VENV)/.installed-tests
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h csrc/simd/*.cpp csrc/simd/*.h
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h
 
 format: $(VENV)/.installed-tests
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/simd/*.cpp csrc/simd/*.h
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h
 
 typecheck: $(VENV)/.installed-tests
 	$(BIN)/mypy

@@ -34,6 +34,7 @@ BASELINE = ["-march=x86-64-v2"] if X86 else []
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni", "bf16")), "-mprefer-vector-width=512"]
 ISAS = {"base": [], "avx2": AVX2, "avx512": AVX512} if X86 else {"base": []}
+AMX = [*AVX512, "-mamx-tile", "-mamx-bf16", "-DPRESTO_RT_ISA=amx"]  # of the files in csrc/amx, compiled once
 
 
 def compiler() -> list[str] | None:
@@ -43,6 +44,12 @@ def compiler() -> list[str] | None:
         if words and shutil.which(words[0]):
             return words
     return None
+
+
+def accepts(command: list[str], flags: list[str]) -> bool:
+    """Whether the compiler knows these flags."""
+    call = [*command, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(call, capture_output=True).returncode == 0
 
 
 class BuildNative(build_ext):
@@ -91,11 +98,18 @@ class BuildNative(build_ext):
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         objects = []
+        # Tiles are younger than the rest: a compiler that does not know them leaves those kernels out.
+        amx = X86 and accepts(command, AMX)
+        defines = ["-DPRESTO_RT_AMX"] if amx else []
         for source in SOURCES:
-            variants = {"": [], **{i: [*f, f"-DPRESTO_RT_ISA={i}"] for i, f in ISAS.items() if "simd" in source}}
+            folder = Path(source).parent.name
+            if folder == "amx":
+                variants = {"amx": AMX} if amx else {}
+            else:
+                variants = {"": [], **{i: [*f, f"-DPRESTO_RT_ISA={i}"] for i, f in ISAS.items() if folder == "simd"}}
             for name, flags in variants.items():
                 objects.append(str(build / f"{Path(source).stem}{name and '.' + name}.o"))
-                call = [*command, *FLAGS, *BASELINE, *flags, *includes, "-c", source, "-o", objects[-1]]
+                call = [*command, *FLAGS, *BASELINE, *defines, *flags, *includes, "-c", source, "-o", objects[-1]]
                 subprocess.run(call, check=True, cwd=ROOT)
         subprocess.run([*command, *shared, "-pthread", *objects, "-o", str(target)], check=True, cwd=ROOT)
 

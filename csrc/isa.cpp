@@ -2,6 +2,12 @@
 #include <cstring>
 #include <string>
 
+#if defined(PRESTO_RT_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "simd/dispatch.h"
 
 namespace presto_rt {
@@ -10,13 +16,32 @@ std::atomic<Team> team{nullptr};
 
 namespace {
 
-constexpr const char* kNames[] = {"base", "avx2", "avx512"};
+constexpr const char* kNames[] = {"base", "avx2", "avx512", "amx"};
+constexpr Isa kAll[] = {Isa::base, Isa::avx2, Isa::avx512, Isa::amx};
+
+// Whether there are tiles with bf16 products, and the operating system lets this process use them: it must be asked, for their
+// registers make every saved thread larger by 8 KB.
+bool tiles() {
+#if defined(PRESTO_RT_AMX) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  constexpr long kAskForState = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 bool has(Isa which) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (which == Isa::avx2) return avx2;
+  if (which == Isa::amx) {
+    static const bool granted = tiles();
+    return granted && has(Isa::avx512);
+  }
   if (which == Isa::avx512)
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
@@ -26,26 +51,29 @@ bool has(Isa which) {
 }
 
 Isa best() {
-  return has(Isa::avx512) ? Isa::avx512 : has(Isa::avx2) ? Isa::avx2 : Isa::base;
+  Isa found = Isa::base;
+  for (const Isa which : kAll)
+    if (has(which)) found = which;
+  return found;
 }
 
 std::atomic<Isa> chosen{best()};
 
 std::vector<std::string> available() {
   std::vector<std::string> names;
-  for (const Isa which : {Isa::base, Isa::avx2, Isa::avx512})
+  for (const Isa which : kAll)
     if (has(which)) names.emplace_back(kNames[static_cast<int>(which)]);
   return names;
 }
 
 void use_isa(const std::string& name) {
-  for (const Isa which : {Isa::base, Isa::avx2, Isa::avx512}) {
+  for (const Isa which : kAll) {
     if (name != kNames[static_cast<int>(which)]) continue;
     require(has(which), "use_isa: this processor does not have that instruction set");
     chosen.store(which);
     return;
   }
-  throw py::value_error("use_isa: the instruction sets are base, avx2 and avx512");
+  throw py::value_error("use_isa: the instruction sets are base, avx2, avx512 and amx");
 }
 
 }  // namespace

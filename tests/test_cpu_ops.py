@@ -285,6 +285,6 @@ def test_threads_belong_to_the_caller() -> None:
 
 
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="base, avx2 and avx512"):
+    with pytest.raises(ValueError, match="base, avx2, avx512 and amx"):
         native.lib.use_isa("avx1024")
     assert native.lib.isas()[0] == "base"

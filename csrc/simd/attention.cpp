@@ -5,35 +5,9 @@
 // kRows queries then makes all its scores, an exact softmax in fp32, and its result; scores never leave the L1 or L2 cache, and
 // there is no running maximum. With q_weight the queries are RMS-normalised on the way in. Without AVX512-BF16 bf16 is widened
 // when it is packed and everything is fp32.
-#include "operator.h"
+#include "attention.h"
 
 namespace presto_rt {
-
-struct Attention {
-  const void *q, *k, *v;        // fp32 or bf16
-  void* out;                    // (batch, tokens, heads, dim), contiguous
-  const float* q_weight;        // (dim,) or null
-  const std::int32_t* lengths;  // (batch,) keys that may be seen, or null: all
-  void* scratch;                // `attention_scratch` bytes for each head of each clip
-  std::int64_t heads, tokens, keys, dim;
-  std::int64_t q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token;  // strides in numbers
-  float scale, eps;
-  bool bf16;
-};
-
-constexpr std::int64_t kPanel = 64;  // the widest panel of any instruction set, in keys and in dims
-
-inline std::int64_t attention_scratch(std::int64_t keys, std::int64_t dim) {
-  const std::int64_t padded_keys = (keys + kPanel - 1) / kPanel * kPanel, padded_dim = (dim + kPanel - 1) / kPanel * kPanel;
-  return 4 * padded_keys * (dim + padded_dim);
-}
-
-constexpr std::int64_t kQueries = 48;  // queries of one piece of work; a multiple of every kRows
-
-// Working memory of one thread: queries, scores and weights of a tile.
-inline std::int64_t attention_local(std::int64_t keys, std::int64_t dim) {
-  return 4 * 8 * ((keys + kPanel - 1) / kPanel * kPanel * 2 + dim + kPanel);
-}
 
 #ifdef PRESTO_RT_ISA
 namespace PRESTO_RT_ISA {
@@ -130,20 +104,6 @@ void pack_columns(const T* source, std::int64_t stride, std::int64_t count, std:
   }
 }
 
-PRESTO_RT_INLINE std::int64_t up(std::int64_t count, std::int64_t multiple) {
-  return (count + multiple - 1) / multiple * multiple;
-}
-
-PRESTO_RT_INLINE std::int64_t seen(const Attention& a, std::int64_t clip) {
-  if (!a.lengths) return a.keys;
-  const std::int64_t length = a.lengths[clip];
-  return length < 0 ? 0 : length < a.keys ? length : a.keys;
-}
-
-PRESTO_RT_INLINE std::uint32_t* packed(const Attention& a, std::int64_t head) {
-  return reinterpret_cast<std::uint32_t*>(static_cast<char*>(a.scratch) + head * attention_scratch(a.keys, a.dim));
-}
-
 template <class Math, class T>
 void pack(const Attention& a, std::int64_t head) {
   const std::int64_t clip = head / a.heads, h = head % a.heads, keys = seen(a, clip), padded = up(keys, kColumns);
@@ -151,28 +111,6 @@ void pack(const Attention& a, std::int64_t head) {
   pack_rows<Math>(static_cast<const T*>(a.k) + clip * a.k_batch + h * a.k_head, a.k_token, keys, a.dim, out);
   out += padded * a.dim / Math::kDepth;
   pack_columns<Math>(static_cast<const T*>(a.v) + clip * a.v_batch + h * a.v_head, a.v_token, keys, padded, a.dim, out);
-}
-
-// Queries as they are, or RMS-normalised; rows beyond the last one are 0.
-template <class Number, class T>
-void take_queries(const Attention& a, const T* from, std::int64_t rows, Number* to) {
-  for (std::int64_t r = 0; r < kRows; ++r, to += a.dim, from += a.q_token) {
-    float factor = 1.0f;
-    if (a.q_weight && r < rows) {
-      Vec squares{};
-      for (std::int64_t i = 0; i < a.dim; i += kWidth) {
-        const Vec x = load(from + i, a.dim - i);
-        squares = fma(x, x, squares);
-      }
-      factor = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(a.dim) + a.eps);
-    }
-    for (std::int64_t i = 0; i < a.dim; i += kWidth) {
-      const std::int64_t n = a.dim - i;
-      Vec x = r < rows ? load(from + i, n) : Vec{};
-      if (a.q_weight) x = x * factor * load(a.q_weight + i, n);
-      store(to + i, x, n);
-    }
-  }
 }
 
 // Scores to weights, which sum to `total`: exp(scale (s - max)). Returns 1 / total.
@@ -208,7 +146,7 @@ void queries(const Attention& a, std::int64_t head, std::int64_t first, std::int
 
   for (std::int64_t token = first; token < last; token += kRows) {
     const std::int64_t rows = last - token < kRows ? last - token : kRows;
-    take_queries(a, from + token * a.q_token, rows, q);
+    take_queries<kRows>(a, from + token * a.q_token, rows, q, a.dim);
     Vec total[kRows][kTile];
     for (std::int64_t key = 0; key < padded; key += kColumns) {
       tile<Math>(q, a.dim, key_panels + key / kColumns * panel_words, a.dim / Math::kDepth, total);
@@ -255,6 +193,13 @@ void attention_queries(const Attention& a, std::int64_t head, std::int64_t first
 PRESTO_RT_VARIANTS(attention_pack, const Attention&, std::int64_t)
 PRESTO_RT_VARIANTS(attention_queries, const Attention&, std::int64_t, std::int64_t, std::int64_t, void*)
 
+#if defined(PRESTO_RT_AMX)
+namespace amx {
+void attention_pack(const Attention&, std::int64_t);
+void attention_queries(const Attention&, std::int64_t, std::int64_t, std::int64_t, void*);
+}  // namespace amx
+#endif
+
 namespace {
 
 using Strides = std::array<std::int64_t, 3>;
@@ -292,8 +237,14 @@ void attention_call(std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::u
                     scale,
                     eps,
                     bf16};
-  const auto pack = attention_pack_variant();
-  const auto run = attention_queries_variant();
+  auto pack = attention_pack_variant();
+  auto run = attention_queries_variant();
+#if defined(PRESTO_RT_AMX)
+  if (bf16 && isa() == Isa::amx) {
+    pack = &amx::attention_pack;
+    run = &amx::attention_queries;
+  }
+#endif
   py::gil_scoped_release release;
   parallel(threads, all_heads, [&](std::int64_t head) { pack(a, head); });
   // One share for each thread, so that each has its own part of the scratch memory.

@@ -15,9 +15,10 @@
 
 namespace presto_rt {
 
-enum class Isa { base, avx2, avx512 };
+enum class Isa { base, avx2, avx512, amx };
 
-// The instruction set in use: the best that this processor has, or what `use_isa` asked for.
+// The instruction set in use: the best that this processor has, or what `use_isa` asked for. amx is avx512 with the kernels in
+// ../amx in place of their twins.
 Isa isa();
 
 #if defined(__x86_64__)
@@ -32,7 +33,7 @@ Isa isa();
   void name(__VA_ARGS__);                                  \
   }                                                        \
   inline void (*name##_variant())(__VA_ARGS__) {           \
-    if (isa() == Isa::avx512) return &avx512::name;        \
+    if (isa() >= Isa::avx512) return &avx512::name;        \
     return isa() == Isa::avx2 ? &avx2::name : &base::name; \
   }
 #else
