@@ -214,6 +214,8 @@ def _roundtrip(a: argparse.Namespace) -> None:
 
 
 def _add_train(commands: Any) -> None:
+    from .training import settings
+
     train = commands.add_parser("train", help="train the codec or the base model, or pack weights")
     jobs = train.add_subparsers(dest="job", required=True, metavar="JOB")
     for name, what in (("codec", "the audio codec"), ("base", "the diffusion model on the codec's latents")):
@@ -234,6 +236,7 @@ def _add_train(commands: Any) -> None:
             p.add_argument("--start-from", metavar="MODEL", help="begin with the weights of a run or a shipped model")
             p.add_argument("--learning-rate", type=float, default=1e-3)
             p.add_argument("--tokens", type=int, help="latent frames in a batch")
+            settings.add(p)
         p.set_defaults(run=_train_codec if name == "codec" else _train_base)
     p = jobs.add_parser("encode", help="latents of the data set, with a trained codec")
     p.add_argument("--data", default="data")
@@ -256,9 +259,10 @@ def _train_codec(a: argparse.Namespace) -> None:
 
 
 def _train_base(a: argparse.Namespace) -> None:
+    from .training import settings
     from .training.base import train_base
 
-    options = {"tokens": a.tokens} if a.tokens else {}
+    options = settings.read(a.set) | ({"tokens": a.tokens} if a.tokens else {})
     figures = train_base(a.data, a.run_dir, a.minutes, device=a.device, resume=a.resume, seed=a.seed, model=a.model,
                          start_from=a.start_from, learning_rate=a.learning_rate, **options)  # fmt: skip
     print("held-out error / sigma_data^2: " + ", ".join(f"{k[4:]}: {v:.4f}" for k, v in figures.items()))

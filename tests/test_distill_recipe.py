@@ -9,9 +9,9 @@ import pytest
 
 from presto_rt.cli import main
 from presto_rt.distill import recipe
-from presto_rt.distill.cli import _changes
 from presto_rt.distill.run import used_minutes
 from presto_rt.errors import InvalidInput
+from presto_rt.training import settings
 from presto_rt.training.common import checkpoint_meta
 from presto_rt.training.synthetic import write_latents
 
@@ -70,4 +70,4 @@ def test_distill_on_the_command_line(data_root: Path, tmp_path: Path, capsys: py
     assert main([*call[:-2], "--set", "speed=3", "--resume"]) == 1
     assert "unknown settings speed" in capsys.readouterr().err
     with pytest.raises(InvalidInput, match="OPTION=VALUE"):
-        _changes(["fast"])
+        settings.read(["fast"])

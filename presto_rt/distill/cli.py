@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from presto_rt.errors import InvalidInput
+from presto_rt.training import settings
 
 JOBS = {
     "layers": ("run with fewer blocks (Presto-L)", "presto-l, ase, no-shift, no-budget or no-self-teacher"),
@@ -38,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
         p.add_argument("--resume", action="store_true")
         p.add_argument("--seed", type=int, default=0)
         p.add_argument("--tokens", type=int, help="latent frames in a batch")
-        p.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="any other setting, as JSON")
+        settings.add(p)
         if name != "layers":
             p.add_argument("--student", help="a layer-distilled model that the generator starts from")
             p.add_argument("--budget", default="100%" if name == "steps" else "70%", help="layers that it runs with")
@@ -49,25 +48,10 @@ def run(a: argparse.Namespace) -> None:
     """Train and print the last held-out figures."""
     from presto_rt.distill import run as distillations
 
-    changes = _changes(a.set) | {"seed": a.seed} | ({"tokens": a.tokens} if a.tokens else {})
+    changes = settings.read(a.set) | {"seed": a.seed} | ({"tokens": a.tokens} if a.tokens else {})
     if a.job != "layers":
         changes |= {"student": a.student, "budget": a.budget}
     call = getattr(distillations, f"distil_{a.job}")
     figures = call(a.data, a.run_dir, a.minutes, a.teacher, method=a.method, device=a.device, resume=a.resume,
                    limit=a.limit, **changes)  # fmt: skip
     print("held-out error / sigma_data^2: " + ", ".join(f"{k[4:]}: {v:.4f}" for k, v in figures.items()))
-
-
-def _changes(settings: list[str]) -> dict[str, Any]:
-    """{"p_gen": "train"} from ["p_gen=train"]; values are JSON, or else text."""
-    changes = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or not name.isidentifier():
-            raise InvalidInput(f"--set takes OPTION=VALUE, not {setting!r}")
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            parsed = value
-        changes[name] = tuple(parsed) if isinstance(parsed, list) else parsed
-    return changes

@@ -22,13 +22,18 @@ from .common import Ema
 from .conditions import LatentSet
 from .loop import Trainer, adamw, compile_blocks, large_batches
 from .networks import load_network
+from .slow import SlowError
 
 VALIDATION_SIGMAS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 4.0)
 
 
 @dataclass(frozen=True)
 class BaseTraining:
-    """Hyperparameters. `frames`: crop lengths with their shares of steps; a batch holds about `tokens` frames."""
+    """Hyperparameters. `frames`: crop lengths with their shares of steps; a batch holds about `tokens` frames.
+
+    slow_weight: of the error of window means (`slow.py`), 0 for none. compile: compile blocks on a CPU too (needs a
+    C++ compiler, and a minute or two at the start).
+    """
 
     minutes: float
     learning_rate: float = 1e-3
@@ -36,22 +41,27 @@ class BaseTraining:
     frames: tuple[tuple[int, float], ...] = ((128, 0.5), (256, 0.25), (689, 0.2), (1_378, 0.05))
     text_dropout: float = 0.1
     control_dropout: float = 0.3
-    p_mean: float = -0.4
-    p_std: float = 1.0
+    p_mean: float = 0.4
+    p_std: float = 1.4
+    slow_weight: float = 0.2
     ema_decay: float = 0.998
     clip: float = 1.0
     weight_decay: float = 0.01
     checkpoint_minutes: float = 3.0
+    compile: bool = False
     seed: int = 0
 
 
 def denoising_loss(
-    network: Any, config: ModelConfig, x: Tensor, condition: Condition, sigma: Tensor, noise: Tensor
-) -> Tensor:
-    """Mean of lambda(s) |D(x + s n) - x|^2 over a batch x (B, T, C) with levels sigma (B,)."""
+    network: Any, config: ModelConfig, x: Tensor, condition: Condition, sigma: Tensor, noise: Tensor,
+    slow: SlowError | None = None, slow_weight: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Mean of lambda(s) |D(x + s n) - x|^2 over a batch x (B, T, C) with levels sigma (B,), plus the weighted error of
+    window means."""
     noisy = x + sigma[:, None, None] * noise
     x0 = precondition(network, noisy, sigma, condition, kind=config.network, sigma_data=config.sigma_data)
-    return (loss_weight(sigma, config.sigma_data)[:, None, None] * (x0 - x) ** 2).mean()
+    loss = (loss_weight(sigma, config.sigma_data)[:, None, None] * (x0 - x) ** 2).mean()
+    return loss if slow is None or not slow_weight else loss + slow_weight * slow(x0 - x, sigma)
 
 
 @torch.inference_mode()
@@ -94,7 +104,8 @@ class BaseTrainer(Trainer):
         self.ema = Ema(self.model, options.ema_decay)
         self.modules = {"model": self.model}
         self.optimizers = {"model": adamw(self.model, options.learning_rate, (0.9, 0.98), options.weight_decay)}
-        compile_blocks(self.model)
+        self.slow = SlowError(self.train_set.latents) if options.slow_weight else None
+        compile_blocks(self.model, always=options.compile)
 
     def describe(self) -> dict[str, Any]:
         return {"options": asdict(self.options)}
@@ -114,7 +125,9 @@ class BaseTrainer(Trainer):
         condition = drop_text(self.model, condition, dropped)
         sigma = training_levels(self.uniforms(len(x)), o.p_mean, o.p_std)
         with torch.autocast(self.device.type, torch.bfloat16):
-            loss = denoising_loss(self.model, self.config, x, condition, sigma, self.gaussian(x))
+            loss = denoising_loss(
+                self.model, self.config, x, condition, sigma, self.gaussian(x), self.slow, o.slow_weight
+            )
         loss.backward()
         self.update("model", o.learning_rate, progress, o.clip)
         self.count(x)

@@ -37,14 +37,14 @@ def large_batches(device: str) -> bool:
     return pick_device(device).type == "cuda"
 
 
-def compile_blocks(*models: nn.Module) -> None:
-    """Compile each transformer block in place where the models lie on a CUDA GPU.
+def compile_blocks(*models: nn.Module, always: bool = False) -> None:
+    """Compile each transformer block in place where the models lie on a CUDA GPU, or everywhere if `always`.
 
     Blocks share their code, so any choice of blocks, batch and crop length costs a handful of compilations together;
     a whole network would be compiled again for each. State dicts keep their names.
     """
     for model in models:
-        if next(model.parameters()).device.type == "cuda":
+        if always or next(model.parameters()).device.type == "cuda":
             import torch._dynamo.config as dynamo
 
             # a handful for each of: with and without gradients, trained and frozen weights, static and dynamic sizes
