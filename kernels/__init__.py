@@ -25,6 +25,7 @@ OPERATORS = (
     "pcm",
     "qk_norm_rope",
     "snake_conv1d",
+    "spsi",
 )
 __all__ = [*OPERATORS, "ops", "report"]
 

@@ -13,6 +13,13 @@ each is linear, and `coefficients` makes its five numbers in fp64 on the host, b
     x'      = a x + b F_c + c F_u + s n
     input'  = c_in' x'                                         what the network sees next, in its own dtype
 
+`trajectory_step` is the same for samplers with a memory: with one tensor H that is carried on, and both in place,
+
+    x'  = a x + b F_c + c F_u + h H + s n        H' = p x + q F_c + r F_u        input' = c_in' x'
+
+and, for editing, x' = keep (init + sigma' n_0) + (1 - keep) x' before the input is made: what is kept of a clip is at
+every level the clip with that level's noise.
+
 They are read from the device, so a captured graph can be replayed with another schedule, guidance scale or seed. n
 is, to the bit, presto_rt.noise.normal(seed, shape, stream=stream) of each clip: sums are unfused and in the order
 written.
@@ -76,6 +83,44 @@ def edm_step_kernel(
         tl.store(input_ptr + at, scaled, mask=inside)
         if DOUBLED:
             tl.store(input_ptr + (batch_size + batch) * count + element, scaled, mask=inside)
+
+
+@jit
+def trajectory_step_kernel(
+    x_ptr, history_ptr, conditional_ptr, unconditional_ptr, update_ptr, seed_ptr, init_ptr, keep_ptr, after_ptr,
+    input_ptr, count, batch_size, channels, stream,
+    BLOCK: tl.constexpr, FRESH: tl.constexpr, COPIES: tl.constexpr,
+):  # fmt: skip
+    """Who writes what: program (i, b) writes elements i*BLOCK ... of clip b in x_ptr and history_ptr, in place, and
+    COPIES times in input_ptr.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    element = start + tl.arange(0, BLOCK)
+    inside = element < count
+    at = batch * count + element
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    conditional = tl.load(conditional_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    result = tl.load(update_ptr) * x + tl.load(update_ptr + 1) * conditional
+    kept = tl.load(update_ptr + 5) * x + tl.load(update_ptr + 6) * conditional
+    if unconditional_ptr is not None:
+        unconditional = tl.load(unconditional_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        result += tl.load(update_ptr + 2) * unconditional
+        kept += tl.load(update_ptr + 7) * unconditional
+    result += tl.load(update_ptr + 3) * tl.load(history_ptr + at, mask=inside, other=0.0)
+    block = start // 4 + tl.arange(0, BLOCK // 4)
+    if FRESH:
+        result += tl.load(update_ptr + 4) * normals(tl.load(seed_ptr + batch), block, tl.full((), stream, tl.int64))
+    if init_ptr is not None:
+        first = normals(tl.load(seed_ptr + batch), block, tl.full((), 0, tl.int64))
+        known = tl.load(init_ptr + at, mask=inside, other=0.0) + tl.load(after_ptr) * first
+        keep = tl.load(keep_ptr + at // channels, mask=inside, other=0.0)
+        result = keep * known + (1.0 - keep) * result
+    tl.store(x_ptr + at, result, mask=inside)
+    tl.store(history_ptr + at, kept, mask=inside)
+    scaled = (tl.load(update_ptr + 8) * result).to(input_ptr.dtype.element_ty)
+    for copy in tl.static_range(COPIES):
+        tl.store(input_ptr + (copy * batch_size + batch) * count + element, scaled, mask=inside)
 
 
 @jit
@@ -192,6 +237,82 @@ def edm_step(
     return out, input_out
 
 
+def trajectory_step_reference(
+    x: Tensor, history: Tensor, conditional: Tensor, update: Tensor, *, unconditional: Tensor | None = None,
+    seeds: Tensor | None = None, stream: int | None = None, init: Tensor | None = None, keep: Tensor | None = None,
+    after: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`trajectory_step` in plain torch, fp32, the same sums in the same order: (x', H', c_in' x'), all new."""
+    a, b, c, h, s, p, q, r, c_in = update
+    result, kept = a * x + b * conditional.float(), p * x + q * conditional.float()
+    if unconditional is not None:
+        result, kept = result + c * unconditional.float(), kept + r * unconditional.float()
+    result = result + h * history
+    shape = tuple(x.shape[1:])
+    if seeds is not None and stream is not None:
+        result = result + s * normal_reference(seeds, shape, stream=stream)
+    if init is not None and keep is not None and after is not None and seeds is not None:
+        known = init + after * normal_reference(seeds, shape)
+        result = keep[..., None] * known + (1.0 - keep[..., None]) * result
+    return result, kept, c_in * result
+
+
+def trajectory_step(
+    x: Tensor, history: Tensor, conditional: Tensor, update: Tensor, *, network_input: Tensor,
+    unconditional: Tensor | None = None, seeds: Tensor | None = None, stream: int | None = None, copies: int = 1,
+    init: Tensor | None = None, keep: Tensor | None = None, after: Tensor | None = None, backend: str = "auto",
+) -> None:  # fmt: skip
+    """The next state, memory and network input, in place.
+
+    x, history (B, T, C) fp32; conditional, unconditional (B, T, C), one dtype; update (9,) fp32: (a, b, c, h, s, p, q,
+    r, c_in'). stream: of the fresh noise, None for none. network_input (N, T, C) with N >= copies B, of which the first
+    copies B are written; copies may be 0. Editing: init (B, T, C) fp32, keep (B, T) fp32 from 0 to 1, after (1,) fp32,
+    the noise level sigma' of x'. seeds (B,) int64, for either. All contiguous. Raises InvalidInput for anything that
+    does not fit.
+    """
+    check_tensor("x", x, 3, (torch.float32,))
+    shape, edits = tuple(x.shape), (init, keep, after)
+    check(all(e is None for e in edits) or None not in edits, "init, keep and after go together; give all or none")
+    check(seeds is not None or (stream is None and init is None), "fresh noise and editing need seeds")
+    check(0 <= (stream or 0) < 2**32, f"stream={stream} must lie in 0..2^32 - 1")
+    check_tensor("conditional", conditional, 3, FLOATS)
+    check_tensor("update", update, 1, (torch.float32,))
+    check_shape("update", update, (9,))
+    check_tensor("network_input", network_input, 3, FLOATS)
+    check(network_input.shape[0] >= copies * shape[0], f"network_input holds no {copies} copies of {shape[0]} clips")
+    given = [("history", history, torch.float32), ("unconditional", unconditional, conditional.dtype)]
+    for name, tensor, dtype in [*given, ("init", init, torch.float32)]:
+        if tensor is not None:
+            check_tensor(name, tensor, 3, (dtype,))
+            check_shape(name, tensor, shape)
+    check_shape("conditional", conditional, shape)
+    check_shape("network_input", network_input, (network_input.shape[0], *shape[1:]))
+    for name, tensor, sizes in (("seeds", seeds, shape[:1]), ("keep", keep, shape[:2]), ("after", after, (1,))):
+        if tensor is not None:
+            check_tensor(name, tensor, len(sizes), (torch.int64 if name == "seeds" else torch.float32,))
+            check_shape(name, tensor, sizes)
+    named = {"x": x, "history": history, "conditional": conditional, "unconditional": unconditional, "init": init,
+             "keep": keep, "network_input": network_input}  # fmt: skip
+    for name, tensor in named.items():
+        check(tensor is None or tensor.is_contiguous(), f"{name} is not contiguous; call .contiguous()")
+    check_same_device(**named, update=update, seeds=seeds, after=after)
+    if not runtime.use_triton(x, backend):
+        options = {"unconditional": unconditional, "seeds": seeds, "stream": stream, "init": init, "keep": keep}
+        result, kept, scaled = trajectory_step_reference(x, history, conditional, update, after=after, **options)
+        x.copy_(result)
+        history.copy_(kept)
+        for copy in range(copies):
+            network_input[copy * shape[0] : (copy + 1) * shape[0]].copy_(scaled)
+        return
+    count = x.numel() // shape[0]
+    runtime.launch(
+        trajectory_step_kernel, (runtime.ceil_div(count, BLOCK), shape[0]),
+        x, history, conditional, unconditional, update, seeds, init, keep, after, network_input,
+        count, shape[0], shape[2], stream or 0,
+        options=UNFUSED, BLOCK=BLOCK, FRESH=stream is not None, COPIES=copies,
+    )  # fmt: skip
+
+
 def shipped(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """Name and call, on meta tensors, of every configuration that `report` compiles: 32 s of 64-channel latents."""
     x = torch.empty(1, 689, 64, device="meta")
@@ -202,4 +323,8 @@ def shipped(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "euler", partial(edm_step, x, f, five)
     yield "euler guided", partial(edm_step, x, f, five, unconditional=f, input_out=doubled)
     yield "few-step", partial(edm_step, x, f, five, seeds=seeds, stream=3)
+    step = partial(trajectory_step, x, x, f, torch.empty(9, device="meta"), network_input=doubled)
+    yield "trajectory guided", partial(step, unconditional=f, copies=2)
+    edit = {"init": x, "keep": torch.empty(1, 689, device="meta"), "after": torch.empty(1, device="meta")}
+    yield "trajectory edited", partial(step, unconditional=f, seeds=seeds, stream=3, copies=2, **edit)
     yield "few-step guided", partial(edm_step, x, f, five, unconditional=f, seeds=seeds, stream=3, input_out=doubled)

@@ -27,6 +27,7 @@ from .istft_head import overlap_add, spectrum
 from .pcm import pcm
 from .qk_norm_rope import qk_norm_rope
 from .snake_conv1d import snake_conv1d
+from .spsi import spsi
 
 library = torch.library.Library("presto_rt", "DEF")
 #: names of the registered operators
@@ -178,6 +179,12 @@ _register(
     "overlap_add(Tensor frames, Tensor window, int hop, *, str padding='center') -> Tensor",
     overlap_add,
     _fake_overlap_add,
+)
+
+_register(
+    "spsi(Tensor magnitude, int hop, int size) -> Tensor",
+    spsi,
+    lambda magnitude, *_: magnitude.new_empty(magnitude.shape, dtype=torch.complex64),
 )
 
 

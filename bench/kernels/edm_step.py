@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from presto_rt.kernels.edm_step import coefficients, edm_step, seeds_tensor
+from presto_rt.kernels.edm_step import coefficients, edm_step, seeds_tensor, trajectory_step
 
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
@@ -32,3 +32,22 @@ def cases(device: str, preset: str) -> Iterator[Case]:
     x, f, _ = make()
     ways = {"eager": eager, "presto": presto}
     yield Case("edm_step", f"{s.tokens}x64 guided", make, ways, 2 * size(x) + 4 * size(f), 60 * x.numel())
+
+    update = torch.rand(9, device=device)
+
+    def eager_step(x: torch.Tensor, history: torch.Tensor, f_c: torch.Tensor, f_u: torch.Tensor) -> None:
+        a, b, c, h, _, p, q, r, c_in = update
+        result = a * x + b * f_c.float() + c * f_u.float() + h * history
+        history.copy_(p * x + q * f_c.float() + r * f_u.float())
+        x.copy_(result)
+        doubled.copy_((c_in * result).expand(2, -1, -1))
+
+    def presto_step(x: torch.Tensor, history: torch.Tensor, f_c: torch.Tensor, f_u: torch.Tensor) -> None:
+        trajectory_step(x, history, f_c, update, unconditional=f_u, network_input=doubled, copies=2)
+
+    def make_step() -> tuple[torch.Tensor, ...]:
+        return *(s.randn(1, s.tokens, 64, dtype=torch.float32) for _ in range(2)), *make()[1:]
+
+    ways = {"eager": eager_step, "presto": presto_step}
+    moved = 4 * size(x) + 4 * size(f)
+    yield Case("edm_step", f"{s.tokens}x64 with a memory", make_step, ways, moved, 15 * x.numel())

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_testing import assert_no_worse, poisoned
 from presto_rt.kernels import edm_step as op
-from presto_rt.kernels.edm_step import coefficients, edm_step, edm_step_reference, normal, seeds_tensor
+from presto_rt.kernels.edm_step import (
+    coefficients,
+    edm_step,
+    edm_step_reference,
+    normal,
+    seeds_tensor,
+    trajectory_step,
+    trajectory_step_reference,
+)
 
 from presto_rt import noise
 from presto_rt.errors import InvalidInput
@@ -141,3 +149,54 @@ def test_bad_input(change, message):
         return
     with pytest.raises(InvalidInput, match=message):
         edm_step(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("guided", "stream", "copies", "edited"), [(0, None, 1, 0), (1, None, 2, 0), (1, 4, 2, 1), (0, 7, 0, 1)]
+)
+def test_a_step_with_a_memory(device, dtype, guided, stream, copies, edited):
+    """Equal to the reference to the bit, in place; what is beyond the copies stays."""
+    shape, seeds = (2, 31, 13), seeds_tensor([5, 2**64 - 2], device)
+    x, history, init = (torch.randn(shape, device=device) for _ in range(3))
+    f_c, f_u = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    update = torch.randn(9, device=device)
+    network_input = poisoned(4, *shape[1:], dtype=dtype, device=device)
+    options = {"unconditional": f_u if guided else None, "seeds": seeds, "stream": stream}
+    if edited:
+        keep = torch.rand(2, 31, device=device).round()
+        options |= {"init": init, "keep": keep, "after": torch.tensor([0.7], device=device)}
+    state, memory = x.clone(), history.clone()
+    trajectory_step(state, memory, f_c, update, network_input=network_input, copies=copies, backend="triton", **options)
+    want, kept, scaled = trajectory_step_reference(x, history, f_c, update, **options)
+    assert torch.equal(state, want)
+    assert torch.equal(memory, kept)
+    for copy in range(copies):
+        assert torch.equal(network_input[2 * copy : 2 * copy + 2], scaled.to(dtype))
+    assert torch.isnan(network_input[2 * copies :]).all()
+    if edited:
+        noisy = init + 0.7 * op.normal_reference(seeds, shape[1:])
+        assert torch.equal(state[keep == 1], noisy[keep == 1])
+    wide = [t.double() for t in (x, history, f_c, f_u)]
+    a, b, c, h, _s, *_ = update.double()
+    if not edited:
+        truth = a * wide[0] + b * wide[2] + h * wide[1] + (c * wide[3] if guided else 0)
+        torch.testing.assert_close(state.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"update": torch.randn(5)}, "update has shape"),
+        ({"stream": 1}, "need seeds"),
+        ({"init": torch.randn(1, 3, 4)}, "go together"),
+        ({"copies": 2}, "holds no 2 copies"),
+        ({"history": torch.randn(1, 3, 5)}, "history has shape"),
+        ({"x": torch.randn(1, 4, 3).transpose(1, 2)}, "not contiguous"),
+    ],
+)
+def test_bad_input_of_a_step_with_a_memory(change, message):
+    arguments = {"x": torch.randn(1, 3, 4), "history": torch.randn(1, 3, 4), "conditional": torch.randn(1, 3, 4),
+                 "update": torch.randn(9), "network_input": torch.empty(1, 3, 4)}  # fmt: skip
+    with pytest.raises(InvalidInput, match=message):
+        trajectory_step(**arguments | change)

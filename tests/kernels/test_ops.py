@@ -32,6 +32,7 @@ def calls(device):
         "normal": ((seeds, [3, 5]), {"stream": 2, "scale": 80.0}),
         "edm_step": ((x, randn(2, 6, 32), five), {"unconditional": randn(2, 6, 32), "seeds": seeds, "stream": 1}),
         "pcm": ((randn(2, 2, 9), seeds), {}),
+        "spsi": ((randn(2, 3, 9).abs(), 4, 16), {}),
         "spectrum": ((randn(2, 3, 18),), {"limit": 10.0}),
         "overlap_add": ((randn(2, 5, 16), torch.hann_window(16, device=device) + 0.1, 4), {"padding": "same"}),
         "snake_conv1d": ((randn(2, 4, 20), snake_conv1d.pack(randn(6, 4, 3)), randn(6)), {"alpha": randn(4).abs(),

@@ -10,7 +10,17 @@ import itertools
 import pytest
 import torch
 from kernel_testing import assert_written_once, interpreted_only, strided
-from presto_rt.kernels import OPERATORS, adaln, conv_transpose1d, edm_step, istft_head, qk_norm_rope, snake_conv1d
+from presto_rt.kernels import (
+    OPERATORS,
+    adaln,
+    conv_transpose1d,
+    edm_step,
+    istft_head,
+    qk_norm_rope,
+    runtime,
+    snake_conv1d,
+    spsi,
+)
 from presto_rt.kernels.attention import attention
 from presto_rt.kernels.cross_attention import cross_attention
 from presto_rt.kernels.gemm import linear, linear_gate_residual
@@ -70,6 +80,32 @@ def edm_step_writes():
 def normal_writes():
     seeds, out = edm_step.seeds_tensor([1, 2]), torch.empty(2, 401, 5)
     yield lambda: edm_step.normal(seeds, (401, 5), out=out, backend="triton"), out
+
+
+def trajectory_step_writes():
+    x, f, update = torch.randn(2, 7, 5), torch.randn(2, 7, 5), torch.randn(9)
+    history, doubled, seeds = torch.zeros(2, 7, 5), torch.empty(4, 7, 5), edm_step.seeds_tensor([1, 2])
+    options = {"seeds": seeds, "stream": 1, "network_input": doubled, "copies": 2, "backend": "triton"}
+    yield lambda: edm_step.trajectory_step(x, history, f, update, unconditional=f, **options), x, history, doubled
+
+
+def spsi_peaks_writes():
+    shape, magnitude = (2, 3, 9), torch.rand(2, 3, 9)
+    peaks, turns = torch.empty(shape, dtype=torch.int16), torch.empty(shape, dtype=torch.int32)
+    arguments = (magnitude, peaks, turns, 3, 9, 2**30, 27, 9)
+    yield lambda: runtime.launch(spsi.spsi_peaks_kernel, (3, 2), *arguments, BLOCK=16), peaks, turns
+
+
+def spsi_follow_writes():
+    shape = (2, 3, 9)
+    peaks, turns = torch.zeros(2, *shape, dtype=torch.int16), torch.zeros(2, *shape, dtype=torch.int32)
+    arguments = (peaks[0], turns[0], peaks[1], turns[1], 3, 9, 1)
+    yield lambda: runtime.launch(spsi.spsi_follow_kernel, (3, 2), *arguments, BLOCK=16), peaks[1], turns[1]
+
+
+def spsi_phasor_writes():
+    turns, out = torch.zeros(2, 3, 9, dtype=torch.int32), torch.empty(2, 3, 9, 2)
+    yield lambda: runtime.launch(spsi.spsi_phasor_kernel, (1,), turns, out, 54, 9, BLOCK=64), out
 
 
 def spectrum_writes():
