@@ -73,26 +73,29 @@ def normal(seed: int, shape: Sequence[int], *, stream: int = 0, device: torch.de
     return normal_torch(seed, math.prod(sizes), stream=stream, device=device).reshape(sizes)
 
 
-def normal_torch(seed: int, count: int, *, stream: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """The twin: the first `count` elements of a stream, float32, by the equations above in plain torch."""
+def normal_torch(seed: int | Tensor, count: int, *, stream: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """The twin: the first `count` elements of a stream, float32, by the equations above in plain torch.
+
+    seed: an int, or its 64 bits as an int64 tensor without dimensions, which is not read on the host.
+    """
     words = random_words(seed, count, stream=stream, device=device).reshape(-1, 2, 2)
     radius = _radius(words[..., 0])
     cosine, sine = _circle(words[..., 1])
     return torch.stack((radius * cosine, radius * sine), dim=-1).flatten()[:count]
 
 
-def random_words(seed: int, count: int, *, stream: int = 0, device: torch.device | str = "cpu") -> Tensor:
+def random_words(seed: int | Tensor, count: int, *, stream: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """The words of the first `count` elements of a stream and of the rest of the last block, as int64 in [0, 2^32)."""
     block = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)
     counters = torch.stack((block & _MASK32, block >> 32, torch.full_like(block, stream), torch.zeros_like(block)))
     return philox4x32(counters, seed).T.flatten()
 
 
-def philox4x32(counters: Tensor, seed: int) -> Tensor:
+def philox4x32(counters: Tensor, seed: int | Tensor) -> Tensor:
     """Philox4x32-10 in torch. counters (4, n): 32-bit words in int64; key: the 64-bit seed. Returns words (4, n),
     int64."""
     c0, c1, c2, c3 = counters
-    key0, key1 = seed & _MASK32, seed >> 32
+    key0, key1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(10):
         high0, low0 = _multiply(0xD2511F53, c0)
         high1, low1 = _multiply(0xCD9E8D57, c2)

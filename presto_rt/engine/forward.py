@@ -8,7 +8,7 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,14 +16,19 @@ import torch
 from torch import Tensor
 
 from .arena import Arena, Buffer
-from .plan import Plan, Run
+from .plan import Edit, Plan, Run
 
 Linear = Any  # weights as the table packed them
+Seeds = Any  # list of int, or for captured plans an int64 tensor (B,)
 
 
 class Ops(Protocol):
     """The operators. T is the activations' dtype; a residual is fp32; `out` is written and returned, but `linear` may
-    return a tensor of its own instead (then `owns_products` is True and the arena holds none for it)."""
+    return a tensor of its own instead (then `owns_products` is True and the arena holds none for it).
+
+    Some things only the CUDA table must do, because only its plans ask for them: `attention` with `lengths` (B,) int32
+    of keys that count; weights with a number `x_scale`, whose input the operator before leaves in fp8, divided by it
+    (`out_scale`); seeds as a tensor. And it may offer `fused_step`, all of an evaluation's end in one kernel."""
 
     dtype: torch.dtype
     owns_products: bool
@@ -56,7 +61,7 @@ class Ops(Protocol):
         """qkv (B, T, 3 H D) -> q, k (B, H, T, D), normalised and rotated; returns v (B, H, T, D), a view of qkv."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scratch: Tensor | None, out: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v into out (B, T, H D)."""
+        """softmax(q k^T / sqrt(D)) v into out (B, T, H D). v may have gaps between its tokens."""
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, lengths: Tensor,
                         scratch: Tensor | None, out: Tensor) -> Tensor:  # fmt: skip
@@ -66,7 +71,7 @@ class Ops(Protocol):
     def scratch_bytes(self, batch: int, heads: int, keys: int, dim: int) -> int:
         """Bytes of working memory that both attentions need."""
 
-    def normal(self, seeds: list[int], stream: int, out: Tensor) -> Tensor:
+    def normal(self, seeds: Seeds, stream: int, out: Tensor) -> Tensor:
         """Standard normal noise of each clip's seed: out (B, T, C) fp32."""
 
     def step(self, x: Tensor, history: Tensor, conditional: Tensor, unconditional: Tensor | None, noise: Tensor | None,
@@ -167,45 +172,85 @@ def network(ops: Ops, weights: Weights, plan: Plan, run: Run, m: Views) -> Tenso
     """The raw network's output (clips, T, C) for the input in `m.input`."""
     clips = len(m.input)
     table, row = plan.table[:clips], run.row
-    branch = ops.linear(m.input, weights.input, m.branch)
-    ops.residual_norm_modulate(plan.beat[:clips], branch, table, None, row, row + 1, m.residual, m.normed)
-    for index in run.blocks:
-        layer = weights.layers[index]
-        packed = ops.linear(m.normed, layer.qkv, m.packed)
-        v = ops.qk_norm_rope(packed, plan.angles, layer.qk_norm, m.q, m.k)
-        ops.attention(m.q, m.k, v, m.scratch, m.attended)
-        branch = ops.linear(m.attended, layer.out, m.branch)
-        ops.residual_norm_modulate(m.residual, branch, table, row + 2, None, None, m.residual, m.normed)
+    masked = () if plan.frames is None else (plan.frames[:clips],)
 
-        q = ops.linear(m.normed, layer.cross_q, m.cross_q)
+    def norm(source: Tensor, branch: Tensor, gate: int | None, shift: int | None, scale: int | None,
+             reader: Linear) -> Tensor:  # fmt: skip
+        """The residual moves on; returns its norm in the form that its reader wants."""
+        narrow = getattr(reader, "x_scale", None)
+        out = m.normed if narrow is None else in_fp8(m.normed)
+        ops.residual_norm_modulate(
+            source, branch, table, gate, shift, scale, m.residual, out, *(() if narrow is None else (narrow,))
+        )
+        return out
+
+    layers = [weights.layers[index] for index in run.blocks]
+    readers = [*(layer.qkv for layer in layers[1:]), weights.output]
+    branch = ops.linear(m.input, weights.input, m.branch)
+    normed = norm(plan.beat[:clips], branch, None, row, row + 1, layers[0].qkv)
+    for index, layer, reader in zip(run.blocks, layers, readers, strict=True):
+        packed = ops.linear(normed, layer.qkv, m.packed)
+        v = ops.qk_norm_rope(packed, plan.angles, layer.qk_norm, m.q, m.k)
+        ops.attention(m.q, m.k, v, m.scratch, m.attended, *masked)
+        branch = ops.linear(m.attended, layer.out, m.branch)
+        normed = norm(m.residual, branch, row + 2, None, None, layer.cross_q)
+
+        q = ops.linear(normed, layer.cross_q, m.cross_q)
         keys, values = plan.keys[index, :clips], plan.values[index, :clips]
         ops.cross_attention(q, keys, values, layer.cross_q_norm, plan.lengths[:clips], m.scratch, m.attended)
         branch = ops.linear(m.attended, layer.cross_out, m.branch)
-        ops.residual_norm_modulate(m.residual, branch, table, None, row + 3, row + 4, m.residual, m.normed)
+        normed = norm(m.residual, branch, None, row + 3, row + 4, layer.up)
 
-        hidden = ops.linear(m.normed, layer.up, m.hidden, "gelu_tanh")
+        narrow = getattr(layer.down, "x_scale", None)
+        if narrow is None:
+            hidden = ops.linear(normed, layer.up, m.hidden, "gelu_tanh")
+        else:
+            hidden = ops.linear(normed, layer.up, in_fp8(m.hidden), "gelu_tanh", narrow)
         branch = ops.linear(hidden, layer.down, m.branch)
         # The norm after a block is that of the next one, or the last before the output: its rows follow in the table.
-        ops.residual_norm_modulate(m.residual, branch, table, row + 5, row + 6, row + 7, m.residual, m.normed)
+        normed = norm(m.residual, branch, row + 5, row + 6, row + 7, reader)
         row += 6
-    return ops.linear(m.normed, weights.output, m.output)
+    return ops.linear(normed, weights.output, m.output)
 
 
-def run_plan(ops: Ops, weights: Weights, plan: Plan, memory: Memory, seeds: list[int],
+def in_fp8(buffer: Tensor) -> Tensor:
+    """The first bytes of a contiguous buffer as fp8 numbers of the same shape."""
+    narrow = buffer.flatten().view(torch.float8_e4m3fn)
+    return narrow[: buffer.numel()].view(buffer.shape)
+
+
+def run_plan(ops: Ops, weights: Weights | Sequence[Weights], plan: Plan, memory: Memory, seeds: Seeds,
              callback: Callable[[int, int], None] | None = None) -> Tensor:  # fmt: skip
-    """The whole trajectory: latents (B, T, C) fp32, a view of the memory. The hot path."""
-    m = memory
-    first = plan.runs[0]
-    torch.mul(ops.normal(seeds, 0, m.noise), first.sigma, out=m.state)
-    torch.mul(m.state, first.c_in, out=m.noise)
+    """The whole trajectory: latents (B, T, C) fp32, a view of the memory. The hot path. weights: one for all
+    evaluations, or one for each."""
+    m, edit = memory, plan.edit
+    each = [weights] * len(plan.runs) if isinstance(weights, Weights) else weights
+    fused_step = getattr(ops, "fused_step", None)
+    torch.mul(ops.normal(seeds, 0, m.noise), plan.start[0], out=m.state)
+    if edit is not None:
+        m.state.add_(edit.init)
+    torch.mul(m.state, plan.start[1], out=m.noise)
     m.double.input.unflatten(0, (plan.copies, plan.batch)).copy_(m.noise)
     m.history.zero_()
-    for run in plan.runs:
+    for run, own in zip(plan.runs, each, strict=True):
         views = m.double if run.guided else m.single
-        raw = network(ops, weights, plan, run, views)
+        raw = network(ops, own, plan, run, views)
         conditional, unconditional = raw[: plan.batch], raw[plan.batch :] if run.guided else None
-        noise = None if run.stream is None else ops.normal(seeds, run.stream, m.noise)
-        ops.step(m.state, m.history, conditional, unconditional, noise, run.update, run.copies, m.double.input)
+        if fused_step is not None:
+            fused_step(m.state, m.history, conditional, unconditional, seeds, run, edit, m.double.input)
+        else:
+            noise = None if run.stream is None else ops.normal(seeds, run.stream, m.noise)
+            ops.step(m.state, m.history, conditional, unconditional, noise, run.update, run.copies, m.double.input)
+            if edit is not None and run.step:
+                blend(m.state, ops.normal(seeds, 0, m.noise), run, edit, m.double.input)
         if callback is not None and run.step:
             callback(run.step, plan.steps)
     return m.state
+
+
+def blend(x: Tensor, noise: Tensor, run: Run, edit: Edit, network_input: Tensor) -> None:
+    """What is kept of a clip replaces the state x there, at the state's noise level; the network's input follows."""
+    known = edit.init + run.after * noise
+    x.copy_(edit.keep[..., None] * known + (1.0 - edit.keep[..., None]) * x)
+    for copy in range(run.copies):
+        network_input[copy * len(x) : (copy + 1) * len(x)].copy_(run.update[8] * x)

@@ -23,19 +23,54 @@ ROWS = 6  # shift, scale, gate of attention and of the perceptron
 LAST = 2  # shift and scale before the output
 
 
-@dataclass(frozen=True)
-class Run:
-    """One evaluation for the hot path. row: where its rows begin in the modulation table; copies: of its next input."""
+# What is told of an evaluation in numbers: a row of fp32 (see `numbers`).
+TIME, BUDGET, UPDATE, AFTER, NUMBERS = 0, 1, slice(2, 11), slice(11, 12), 12
 
-    sigma: float
-    c_in: float
+
+@dataclass(frozen=True)
+class Step:
+    """What one evaluation does, apart from its numbers. row: where its rows begin in the modulation table; copies: of
+    its next input; step: the sampler step that ends with it, or 0."""
+
     blocks: tuple[int, ...]
     guided: bool
     row: int
-    update: Tensor
     stream: int | None
     copies: int
     step: int
+
+
+@dataclass(frozen=True)
+class Run(Step):
+    """One evaluation for the hot path. update (9,), after (1,): fp32, on the plan's device."""
+
+    update: Tensor
+    after: Tensor
+
+
+@dataclass(frozen=True)
+class Form:
+    """What fixes the shape of a plan, with the tensors that depend on nothing else. Two requests of one form differ
+    only in numbers: noise levels, guidance scale, texts, seeds. rows: which of all modulation rows are used, in order;
+    None for all."""
+
+    steps: tuple[Step, ...]
+    tokens: int
+    rows: Tensor | None
+    angles: tuple[Tensor, Tensor]
+
+    @property
+    def guided(self) -> bool:
+        return any(step.guided for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What stays of a clip: init (B, T, C) fp32 latents; keep (B, T) fp32, 1 where they stay, 0 where they may change.
+    The start is init + noise, so with keep = 0 it is a variation of the clip."""
+
+    init: Tensor
+    keep: Tensor
 
 
 @dataclass(frozen=True)
@@ -45,7 +80,8 @@ class Plan:
 
     table (N, rows, width) fp32; beat (N, T, width) fp32, the projected beat input; angles: cos, sin (T, head_dim / 2)
     fp32; keys, values (blocks, N, heads, S, head_dim) in the activations' dtype, keys normalised; lengths (N,) int32:
-    real tokens.
+    real tokens; start (2,) fp32: the first noise level and c_in; frames (N,) int32: real latent frames of each input,
+    None for all.
     """
 
     config: ModelConfig
@@ -60,15 +96,31 @@ class Plan:
     keys: Tensor
     values: Tensor
     lengths: Tensor
+    start: Tensor
+    frames: Tensor | None = None
+    edit: Edit | None = None
+
+
+def numbers(evaluations: Sequence[Evaluation]) -> Tensor:
+    """(E, 12) fp32: time, budget, the update's nine numbers, the level after it."""
+    rows = [(e.time, e.budget, *e.update, e.after) for e in evaluations]
+    return torch.tensor(rows, dtype=torch.float64).float()
+
+
+def start(evaluations: Sequence[Evaluation]) -> Tensor:
+    """(2,) fp32: the first noise level and its c_in."""
+    return torch.tensor([evaluations[0].sigma, evaluations[0].c_in], dtype=torch.float64).float()
 
 
 class Planner:
     """Makes plans. Holds, in fp32, the parts of the network that depend on the condition alone."""
 
-    def __init__(self, dit: DiT) -> None:
-        state = {name: value.float() for name, value in dit.state_dict().items()}
+    def __init__(self, dit: DiT, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        state = {name: value.to(device, torch.float32) for name, value in dit.state_dict().items()}
         # The same formulas as in training: a network without blocks keeps all that makes the condition vector.
-        self.head = DiT(replace(dit.config, blocks=0)).eval().requires_grad_(False)
+        with torch.device(device):
+            self.head = DiT(replace(dit.config, blocks=0)).eval().requires_grad_(False)
         self.head.load_state_dict({name: value for name, value in state.items() if not name.startswith("blocks.")})
         self.config = dit.config
 
@@ -82,55 +134,69 @@ class Planner:
     def plan(self, evaluations: Sequence[Evaluation], condition: Condition, unconditional: Condition, tokens: int,
              dtype: torch.dtype) -> Plan:  # fmt: skip
         """The plan for B clips. dtype: of activations. Raises InvalidInput where masks are not "real tokens first"."""
-        batch = len(condition.text)
         guided = any(e.guided for e in evaluations)
         both = condition.cat(unconditional) if guided else condition
-        table, starts = self._table(evaluations, both)
-        keys, values, lengths = self._text(both, dtype)
-        runs = []
+        mask = both.text_mask
+        lengths = mask.sum(1, dtype=torch.int32)
+        if not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
+            raise InvalidInput("the engine needs text masks with the real tokens first")
+        form = self.form(evaluations, tokens)
+        told, begin = numbers(evaluations).to(self.device), start(evaluations).to(self.device)
+        return self.build(form, told, begin, both, lengths, dtype)
+
+    def form(self, evaluations: Sequence[Evaluation], tokens: int) -> Form:
+        """The form of plans with these evaluations and `tokens` latent frames."""
+        every = ROWS * self.config.blocks + LAST
+        chosen: list[int] = []
+        steps = []
         for i, e in enumerate(evaluations):
             following = evaluations[i + 1] if i + 1 < len(evaluations) else None
             copies = 0 if following is None else 1 + following.guided
-            runs.append(
-                Run(e.sigma, e.c_in, e.blocks, e.guided, starts[i], torch.tensor(e.update, dtype=torch.float32),
-                    e.stream, copies, e.step)
-            )  # fmt: skip
+            steps.append(Step(e.blocks, e.guided, len(chosen), e.stream, copies, e.step))
+            used = [b * ROWS + r for b in e.blocks for r in range(ROWS)] + list(range(every - LAST, every))
+            chosen += [i * every + row for row in used]
+        whole = len(chosen) == every * len(evaluations)
+        rows = None if whole else torch.tensor(chosen, device=self.device)
+        return Form(tuple(steps), tokens, rows, rotary_table(tokens, self.config.head_dim, self.device))
+
+    def build(self, form: Form, told: Tensor, begin: Tensor, both: Condition, lengths: Tensor, dtype: torch.dtype,
+              frames: Tensor | None = None, edit: Edit | None = None) -> Plan:  # fmt: skip
+        """The plan of a form from numbers and conditions on the planner's device: no tensor is looked at on the way, so
+        a CUDA graph may hold all of it.
+
+        told, begin: from `numbers` and `start`; both: the conditions, then, where the form is guided, the unconditional
+        ones; lengths (N,) int32: text tokens of each; frames, edit: see Plan.
+        """
+        copies = 1 + form.guided
+        table = self._table(form, told, both)
+        keys, values = self._text(both, dtype)
+        runs = tuple(Run(**vars(step), update=row[UPDATE], after=row[AFTER])
+                     for step, row in zip(form.steps, told.unbind(), strict=True))  # fmt: skip
         return Plan(
-            self.config, batch, 1 + guided, tokens, evaluations[-1].step, tuple(runs), table,
-            F.linear(both.beat.float(), self.head.beat.weight), rotary_table(tokens, self.config.head_dim), keys,
-            values, lengths,
+            self.config, len(both.text) // copies, copies, form.tokens, form.steps[-1].step, runs, table,
+            F.linear(both.beat.float(), self.head.beat.weight), form.angles, keys, values, lengths, begin, frames, edit,
         )  # fmt: skip
 
-    def _table(self, evaluations: Sequence[Evaluation], both: Condition) -> tuple[Tensor, list[int]]:
-        """Modulation rows (N, rows, width) of every evaluation, and where each evaluation's begin."""
-        n, depth, width = len(both.text), self.config.blocks, self.config.width
-        times = torch.tensor([e.time for e in evaluations], dtype=torch.float64).float()
-        budgets = torch.tensor([e.budget for e in evaluations], dtype=torch.float32)
-        repeated = Condition(*(getattr(both, k).repeat(len(evaluations), *[1] * (getattr(both, k).ndim - 1))
-                               for k in both.__dataclass_fields__))  # fmt: skip
-        vector = self.head.condition_vector(times.repeat_interleave(n), repeated, budgets.repeat_interleave(n))
-        rows = F.linear(vector, self.modulation, self.modulation_bias).view(len(evaluations), n, -1, width)
-        chosen, starts, begin = [], [], 0
-        for i, e in enumerate(evaluations):
-            index = [b * ROWS + r for b in e.blocks for r in range(ROWS)] + [depth * ROWS + r for r in range(LAST)]
-            chosen.append(rows[i][:, index])
-            starts.append(begin)
-            begin += len(index)
-        return torch.cat(chosen, 1), starts
+    def _table(self, form: Form, told: Tensor, both: Condition) -> Tensor:
+        """Modulation rows (N, rows, width) of every evaluation."""
+        n, count = len(both.text), len(told)
+        repeated = replace(both, **{k: getattr(both, k).repeat(count, *[1] * (getattr(both, k).ndim - 1))
+                                    for k in ("pooled", "seconds", "key")})  # fmt: skip
+        times, budgets = (told[:, i].repeat_interleave(n) for i in (TIME, BUDGET))
+        vector = self.head.condition_vector(times, repeated, budgets)
+        rows = F.linear(vector, self.modulation, self.modulation_bias).view(count, n, -1, self.config.width)
+        rows = rows.transpose(0, 1).flatten(1, 2)
+        return rows.contiguous() if form.rows is None else rows.index_select(1, form.rows)
 
-    def _text(self, both: Condition, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (blocks, N, heads, S, head_dim) and the number of real tokens (N,)."""
-        mask = both.text_mask
-        lengths = mask.sum(1, dtype=torch.int32)
-        if not torch.equal(mask, torch.arange(mask.shape[1]) < lengths[:, None]):
-            raise InvalidInput("the engine needs text masks with the real tokens first")
+    def _text(self, both: Condition, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of all blocks, (blocks, N, heads, S, head_dim) each."""
         heads, dim = self.config.heads, self.config.head_dim
         kv = F.linear(both.text.float(), self.cross_kv.flatten(0, 1))
         kv = kv.unflatten(-1, (self.config.blocks, 2, heads, dim)).permute(
             3, 2, 0, 4, 1, 5
         )  # 2, blocks, N, heads, S, dim
         keys = F.rms_norm(kv[0], (dim,), eps=1e-6) * self.k_norm[:, None, None, None]
-        return keys.to(dtype).contiguous(), kv[1].to(dtype).contiguous(), lengths
+        return keys.to(dtype).contiguous(), kv[1].to(dtype).contiguous()
 
 
 # ---- what a plan costs

@@ -45,8 +45,12 @@ class ReferenceOps:
             out.copy_(rotate(F.rms_norm(part.float(), weight.shape, weight, EPS), *angles))
         return parts[2]
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scratch: Tensor | None, out: Tensor) -> Tensor:
-        return out.copy_(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scratch: Tensor | None, out: Tensor,
+                  lengths: Tensor | None = None) -> Tensor:  # fmt: skip
+        mask = None
+        if lengths is not None:
+            mask = (torch.arange(k.shape[2], device=k.device) < lengths[:, None])[:, None, None]
+        return out.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, lengths: Tensor,
                         scratch: Tensor | None, out: Tensor) -> Tensor:  # fmt: skip
@@ -59,9 +63,13 @@ class ReferenceOps:
     def scratch_bytes(self, batch: int, heads: int, keys: int, dim: int) -> int:
         return 0
 
-    def normal(self, seeds: list[int], stream: int, out: Tensor) -> Tensor:
+    def normal(self, seeds: list[int] | Tensor, stream: int, out: Tensor) -> Tensor:
         for clip, seed in zip(out, seeds, strict=True):
-            clip.copy_(noise.normal(seed, clip.shape, stream=stream, device=out.device))
+            if isinstance(seed, Tensor) and seed.is_cuda:  # not looked at: a graph may be recording
+                drawn = noise.normal_torch(seed, clip.numel(), stream=stream, device=out.device)
+                clip.copy_(drawn.view(clip.shape))
+            else:
+                clip.copy_(noise.normal(int(seed) % 2**64, clip.shape, stream=stream, device=out.device))
         return out
 
     def step(self, x: Tensor, history: Tensor, conditional: Tensor, unconditional: Tensor | None, noise: Tensor | None,

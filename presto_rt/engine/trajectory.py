@@ -36,7 +36,8 @@ class Evaluation:
 
     time: what the network is told of sigma; c_in: factor of its input; blocks: which run; budget: the share that it is
     told will run; guided: with the unconditional branch; update: (a, b, c, h, s, p, q, r, c_in'); stream: of the fresh
-    noise, None for none; step: the sampler step that ends here, counted from 1, or 0 in the middle of one.
+    noise, None for none; step: the sampler step that ends here, counted from 1, or 0 in the middle of one; after: the
+    noise level of the state then.
     """
 
     sigma: float
@@ -48,6 +49,7 @@ class Evaluation:
     update: tuple[float, ...]
     stream: int | None
     step: int
+    after: float
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,6 @@ def write_out(
         out.append(
             Evaluation(move.sigma, time, c_in, layers.blocks(move.sigma), layers.budget(move.sigma),
                        guidance.active(move.sigma),
-                       tuple(float(u) for u in update), move.stream, move.step)
+                       tuple(float(u) for u in update), move.stream, move.step, float(levels[move.step]))
         )  # fmt: skip
     return tuple(out)
