@@ -11,7 +11,7 @@ import logging
 import os
 from types import ModuleType
 
-INTERFACE = 2  # the number of the signatures that this Python code calls, as set in csrc/bindings.cpp
+INTERFACE = 3  # the number of the signatures that this Python code calls, as set in csrc/bindings.cpp
 
 log = logging.getLogger("presto_rt")
 

@@ -25,6 +25,9 @@ from .diffusion.samplers import SAMPLERS, sample
 from .diffusion.schedule import Layers, LayerSchedule, karras_levels, parse_layers
 from .engine import Engine
 from .engine.cpu import CpuOps, unavailable
+from .engine.decoder import DecoderEngine
+from .engine.encoder import TextEngine
+from .engine.threads import limited
 from .engine.trajectory import write_out
 from .errors import BackendUnavailable, InvalidInput, WeightsError
 from .keys import Key, check_key, key_features, parse_key
@@ -98,7 +101,12 @@ class Pipeline:
         self.config: ModelConfig = dit.config
         self.defaults = defaults or Defaults()
         # Before the weights are rounded to `dtype`: the engine keeps what is small in fp32.
-        self.engine = Engine(dit, CpuOps(dtype, threads), threads) if backend == "cpu" else None
+        self.engine: Engine | None = None
+        self.decoder: DecoderEngine | None = None
+        self._text: TextEngine | None = None  # made from the shared text encoder with the first prompt
+        if backend == "cpu":
+            ops = CpuOps(dtype, threads)
+            self.engine, self.decoder = Engine(dit, ops, threads), DecoderEngine(codec, ops, threads)
         self.dit = dit.to(device, dtype).eval().requires_grad_(False)
         self.codec = codec.to(device).eval().requires_grad_(False)
 
@@ -199,7 +207,7 @@ class Pipeline:
         x = self.denoise(plan, condition, unconditional, seeds, callback)
         self._synchronize()
         denoised = time.perf_counter()
-        samples = self.codec.decode(x, frames=plan.samples, clamp=False).float()
+        samples = self.decode(x, plan.samples)
         # A clip that would go over full scale is turned down as a whole: clipping would be heard.
         levelled = (samples / (samples.abs().amax((1, 2), keepdim=True) / PEAK).clamp_min(1.0)).cpu().numpy()
         decoded = time.perf_counter()
@@ -236,6 +244,14 @@ class Pipeline:
         denoise = guided(lambda x, sigma: denoiser(x, sigma, condition), both, plan.guidance)
         return sample(plan.sampler, denoise, plan.levels[0] * fresh(0), plan.levels, fresh, callback)
 
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, frames: int) -> Tensor:
+        """Stereo samples (B, 2, frames) fp32 of latents (B, T, C), not limited to full scale. Raises InvalidInput."""
+        if self.decoder is None:
+            return self.codec.decode(latents, frames=frames, clamp=False).float()
+        with limited(self.decoder.threads):
+            return self.codec.decode(latents, frames=frames, clamp=False, network=self.decoder)
+
     def _condition(self, plan: Plan, prompts: list[str], tempos: list[float | None],
                    keys: list[Key | None]) -> Condition:  # fmt: skip
         states = self._encode(prompts)
@@ -245,7 +261,10 @@ class Pipeline:
         return Condition(states.states, states.mask, states.pooled, seconds, beats, tonality).to(self.device)
 
     def _encode(self, prompts: list[str]) -> TextStates:
-        states = load_text_encoder().encode(prompts, self.config.text_tokens)
+        encoder = load_text_encoder()
+        if self.decoder is not None and self._text is None:
+            self._text = TextEngine(encoder, self.decoder.ops, self.decoder.threads)
+        states = encoder.encode(prompts, self.config.text_tokens, self._text)
         return TextStates(*(t.to(self.device) for t in (states.states, states.mask, states.pooled)))
 
     def _synchronize(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -105,8 +106,12 @@ class TextEncoder(nn.Module):
         return x
 
     @torch.inference_mode()
-    def encode(self, prompts: list[str], max_tokens: int = 96) -> TextStates:
-        """Token states of `prompts`; longer prompts are cut at `max_tokens` tokens with a logged warning."""
+    def encode(self, prompts: list[str], max_tokens: int = 96,
+               network: Callable[[Tensor, Tensor], Tensor] | None = None) -> TextStates:  # fmt: skip
+        """Token states of `prompts`; longer prompts are cut at `max_tokens` tokens with a logged warning.
+
+        network: runs in place of `forward`, as an engine does.
+        """
         encoded = [self.tokenizer.encode(_clean(p)).ids for p in prompts]
         if any(len(ids) > max_tokens for ids in encoded):
             log.warning("a prompt is longer than %d tokens; what follows them is ignored", max_tokens)
@@ -115,7 +120,7 @@ class TextEncoder(nn.Module):
         device = self.words.weight.device
         ids = torch.tensor([e + [0] * (length - len(e)) for e in encoded], device=device)
         mask = torch.tensor([[True] * len(e) + [False] * (length - len(e)) for e in encoded], device=device)
-        states = self(ids, mask)
+        states = (network or self)(ids, mask)
         pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return TextStates(states, mask, pooled)
 

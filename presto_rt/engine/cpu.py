@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import native, noise
 from ..errors import BackendUnavailable
+from .reference import ACTIVATIONS
 
 EPS = 1e-6
 DTYPES = (torch.float32, torch.bfloat16)
@@ -39,19 +40,28 @@ class Packed:
     bias: Tensor | None
     product: Any
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
+        return self.product(x, self.weight, self.bias, activation)
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+# What `forward.Ops.linear` calls an activation: oneDNN's name and algorithm, applied to the fp32 sums.
+FUSED = {"none": ("none", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "silu": ("swish", "")}
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    name, algorithm = FUSED[activation]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](F.linear(x, weight, bias))
 
 
 def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int | None = None) -> Packed:
     """(N, K) weights for products in `dtype`. rows: how many rows the products will have, where that is known."""
     weight, bias = weight.detach().to(dtype).contiguous(), None if bias is None else bias.detach().to(dtype)
     if not torch.backends.mkldnn.is_available():
-        return Packed(weight, bias, F.linear)
+        return Packed(weight, bias, _plain)
     return Packed(torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias, _onednn)
 
 
@@ -80,10 +90,7 @@ class CpuOps:
         return pack(weight, bias, self.dtype)
 
     def linear(self, x: Tensor, weights: Packed, out: Tensor | None, activation: str = "none") -> Tensor:
-        y = weights(x)
-        if activation == "gelu_tanh":
-            self.activation(y, GELU_TANH, y)
-        return y
+        return weights(x, activation)
 
     def activation(self, x: Tensor, kind: int, out: Tensor) -> Tensor:
         """gelu_tanh or silu of x into out (may be x), or swiglu of x (..., 2 N) into out (..., N)."""
@@ -130,10 +137,11 @@ class CpuOps:
         )  # fmt: skip
         return qkv.view(batch, tokens, 3, heads, dim)[:, :, 2].transpose(1, 2)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scratch: Tensor | None, out: Tensor) -> Tensor:
-        return self._attend(q, k, v, None, None, scratch, out)
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scratch: Tensor | None, out: Tensor,
+                  lengths: Tensor | None = None) -> Tensor:  # fmt: skip
+        return self._attend(q, k, v, None, lengths, scratch, out)
 
-    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, lengths: Tensor,
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, lengths: Tensor,
                         scratch: Tensor | None, out: Tensor) -> Tensor:  # fmt: skip
         split = q.unflatten(-1, (k.shape[1], k.shape[3])).transpose(1, 2)
         return self._attend(split, k, v, q_weight, lengths, scratch, out)
@@ -160,6 +168,37 @@ class CpuOps:
 
     def scratch_bytes(self, batch: int, heads: int, keys: int, dim: int) -> int:
         return self.lib.attention_bytes(batch, heads, keys, dim, self.threads)
+
+    def residual_mix_norm(
+        self, source: Tensor | None, branch: Tensor | None, mix: Tensor | None, norm: tuple[Tensor, Tensor] | None,
+        residual: Tensor | None, out: Tensor, eps: float = 1e-5, after: bool = False,
+    ) -> Tensor:  # fmt: skip
+        shape, f32 = out.shape, torch.float32
+        batch, frames, width = shape
+
+        def address(x: Tensor | None, *size: int, dtype: torch.dtype) -> int:
+            return 0 if x is None else check(x, *size, dtype=dtype)
+
+        self.lib.mix_norm(
+            address(source, *shape, dtype=f32), address(branch, *shape, dtype=self.dtype),
+            address(mix, 5, width, dtype=f32), *(address(w, width, dtype=f32) for w in norm or (None, None)),
+            address(residual, *shape, dtype=f32), check(out, *shape, dtype=self.dtype), self.bf16, after, batch, frames,
+            width, eps, self.threads,
+        )  # fmt: skip
+        return out
+
+    def features(self, head: Tensor, linear: Tensor, mean: Tensor, ceiling: Tensor, scale: float,
+                 out: Tensor) -> Tensor:  # fmt: skip
+        batch, frames, _, bands = out.shape
+        stride, f32 = head.shape[-1], torch.float32
+        if stride < 3 * bands:
+            raise ValueError(f"rows of {stride} numbers do not hold three of {bands} bands")
+        self.lib.features(
+            *(check(x, batch, frames, stride, dtype=self.dtype) for x in (head, linear)),
+            check(mean, 2, bands, dtype=f32), check(ceiling, 2, bands, dtype=f32), check(out, *out.shape, dtype=f32),
+            self.bf16, batch * frames, bands, stride, scale, self.threads,
+        )  # fmt: skip
+        return out
 
     def normal(self, seeds: list[int], stream: int, out: Tensor) -> Tensor:
         for clip, seed in zip(out, seeds, strict=True):

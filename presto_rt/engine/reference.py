@@ -10,6 +10,12 @@ from .. import noise
 from ..models.dit import norm, rotate
 
 EPS = 1e-6
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
 
 
 class ReferenceOps:
@@ -24,8 +30,7 @@ class ReferenceOps:
         return weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
 
     def linear(self, x: Tensor, weights: tuple[Tensor, Tensor | None], out: Tensor, activation: str = "none") -> Tensor:
-        y = F.linear(x, *weights)
-        return out.copy_(F.gelu(y, approximate="tanh") if activation == "gelu_tanh" else y)
+        return out.copy_(ACTIVATIONS[activation](F.linear(x, *weights)))
 
     def residual_norm_modulate(
         self, source: Tensor, branch: Tensor, table: Tensor, gate: int | None, shift: int | None, scale: int | None,
@@ -52,13 +57,41 @@ class ReferenceOps:
             mask = (torch.arange(k.shape[2], device=k.device) < lengths[:, None])[:, None, None]
         return out.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
-    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, lengths: Tensor,
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, lengths: Tensor,
                         scratch: Tensor | None, out: Tensor) -> Tensor:  # fmt: skip
         split = q.unflatten(-1, (k.shape[1], k.shape[3])).transpose(1, 2)
-        normed = F.rms_norm(split.float(), q_weight.shape, q_weight, EPS).to(q.dtype)
+        normed = split
+        if q_weight is not None:
+            normed = F.rms_norm(split.float(), q_weight.shape, q_weight, EPS).to(q.dtype)
         mask = torch.arange(k.shape[2], device=q.device) < lengths[:, None]
         y = F.scaled_dot_product_attention(normed, k, v, attn_mask=mask[:, None, None])
         return out.copy_(y.transpose(1, 2).flatten(2))
+
+    def residual_mix_norm(
+        self, source: Tensor | None, branch: Tensor | None, mix: Tensor | None, norm: tuple[Tensor, Tensor] | None,
+        residual: Tensor | None, out: Tensor, eps: float = 1e-5, after: bool = False,
+    ) -> Tensor:  # fmt: skip
+        wide = torch.promote_types(self.dtype, torch.float32)
+        y = sum(x.to(wide) for x in (source, branch) if x is not None)
+        if residual is not None and not after:
+            residual.copy_(y)
+        if mix is not None:
+            count, half = y.shape[1], len(mix) // 2
+            padded = F.pad(y, (0, 0, half, half))
+            y = sum(padded[:, k : k + count] * row for k, row in enumerate(mix))
+        if norm is not None:
+            y = F.layer_norm(y, y.shape[-1:], *(w.to(wide) for w in norm), eps)
+        if residual is not None and after:
+            residual.copy_(y)
+        return out.copy_(y)
+
+    def features(self, head: Tensor, linear: Tensor, mean: Tensor, ceiling: Tensor, scale: float,
+                 out: Tensor) -> Tensor:  # fmt: skip
+        wide, bands = torch.promote_types(self.dtype, torch.float32), out.shape[3]
+        y = (head.to(wide) + linear.to(wide))[..., : 3 * bands].unflatten(-1, (3, bands))
+        out[:, :, :2] = torch.minimum(y[:, :, :2] * scale + mean, ceiling)
+        out[:, :, 2] = torch.tanh(y[:, :, 2])
+        return out
 
     def scratch_bytes(self, batch: int, heads: int, keys: int, dim: int) -> int:
         return 0

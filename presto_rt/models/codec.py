@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -200,11 +200,12 @@ class Codec(nn.Module):
 
     @torch.inference_mode()
     def decode(
-        self, latents: Tensor, frames: int | None = None, griffin_lim: int | None = None, clamp: bool = True
-    ) -> Tensor:
+        self, latents: Tensor, frames: int | None = None, griffin_lim: int | None = None, clamp: bool = True,
+        network: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Latents (B, T, C) or (T, C) at std 0.5 -> stereo samples (B, 2, frames), T * 2048 by default.
 
-        They lie in [-1, 1] unless `clamp` is off.
+        They lie in [-1, 1] unless `clamp` is off. network: runs in place of `decode_features`, as an engine does.
 
         `griffin_lim` fast iterations refine the phase (None: the config's number). Raises InvalidInput on other
         shapes, on values that are not finite, or when `frames` is more than the latents hold.
@@ -225,7 +226,8 @@ class Codec(nn.Module):
         latents = latents.to(self._device(), torch.float32)
         if not torch.isfinite(latents).all():
             raise InvalidInput("latents hold NaN or infinity: the sampler diverged")
-        samples = self.frames.synthesise(self.decode_features(latents), iterations, self.synthesis_gain)
+        features = (network or self.decode_features)(latents)
+        samples = self.frames.synthesise(features, iterations, self.synthesis_gain)
         samples = samples[..., :frames]
         return samples.clamp(-1.0, 1.0) if clamp else samples
 
