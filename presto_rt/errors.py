@@ -25,3 +25,7 @@ class OutputError(PrestoError, OSError):
 
 class MissingDependency(PrestoError, ImportError):
     """An optional package is needed for this and is not installed."""
+
+
+class EngineOutOfMemory(PrestoError, MemoryError):
+    """The engine found no memory for a request, even after it gave up all that it kept. It can be used on."""

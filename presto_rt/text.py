@@ -105,6 +105,13 @@ class TextEncoder(nn.Module):
             x = layer(x, mask[:, None, None])
         return x
 
+    def tokens(self, prompts: list[str], max_tokens: int = 96) -> list[list[int]]:
+        """Token numbers of each prompt, cut at `max_tokens` with a logged warning."""
+        encoded = [self.tokenizer.encode(_clean(p)).ids for p in prompts]
+        if any(len(ids) > max_tokens for ids in encoded):
+            log.warning("a prompt is longer than %d tokens; what follows them is ignored", max_tokens)
+        return [ids if len(ids) <= max_tokens else [*ids[: max_tokens - 1], ids[-1]] for ids in encoded]
+
     @torch.inference_mode()
     def encode(self, prompts: list[str], max_tokens: int = 96,
                network: Callable[[Tensor, Tensor], Tensor] | None = None) -> TextStates:  # fmt: skip

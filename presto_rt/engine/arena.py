@@ -70,13 +70,14 @@ def describe(buffers: Sequence[Buffer], offsets: dict[str, int]) -> str:
 
 
 class Arena:
-    """The memory itself: `tensor(name)` is the buffer, a view that stays where it is."""
+    """The memory itself: `tensor(name)` is the buffer, a view that stays where it is. pinned: on the host, where a GPU
+    may copy from and to it."""
 
-    def __init__(self, buffers: Sequence[Buffer], device: torch.device | str = "cpu") -> None:
+    def __init__(self, buffers: Sequence[Buffer], device: torch.device | str = "cpu", pinned: bool = False) -> None:
         self.buffers = {b.name: b for b in buffers}
         self.offsets = place(buffers)
         self.size = max((self.offsets[b.name] + b.size for b in buffers), default=0)
-        block = torch.empty(self.size + ALIGNMENT, dtype=torch.uint8, device=device)
+        block = torch.empty(self.size + ALIGNMENT, dtype=torch.uint8, device=device, pin_memory=pinned)
         start = -block.data_ptr() % ALIGNMENT
         self.block = block[start : start + self.size]
 

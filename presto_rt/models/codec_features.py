@@ -17,6 +17,7 @@ Søndergaard, WASPAA 2013) then make the frames agree.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -165,13 +166,15 @@ class SpectralFrames(nn.Module):
         samples = (total / weight.clamp_min(1e-3)).flatten(-2)
         return samples[..., PAD : PAD + count * FRAME_HOP]
 
-    def spectra(self, features: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def spectra(
+        self, features: Tensor, gain: Tensor | None = None, phases: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Features with cosine (B, 4 T, 3, bands) -> (magnitudes, unit phasors) of left and right, (B, 2, 4 T, 1025)
         each.
 
         One SPSI pass on the root of the two channels' mean power gives the phase of the louder of mid and side in
         each bin; the other is turned from it by the predicted angle. So both channels move together and the stereo
-        image holds.
+        image holds. phases: what makes unit phasors of magnitudes, `spsi` by default.
         """
         bins = self.to_bins(features)
         mid, side = self._magnitude(bins[:, :, 0]), self._magnitude(bins[:, :, 1])
@@ -188,7 +191,7 @@ class SpectralFrames(nn.Module):
             torch.stack([mid_re + side_re, mid_re - side_re], 1), torch.stack([mid_im + side_im, mid_im - side_im], 1)
         )
         magnitude = pair.abs()
-        phase = spsi((mid.square() + side.square()).sqrt())
+        phase = (phases or spsi)((mid.square() + side.square()).sqrt())
         return magnitude, pair / magnitude.clamp_min(1e-9) * phase[:, None]
 
     @staticmethod
