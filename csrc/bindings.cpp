@@ -12,6 +12,7 @@ void bind_noise(pybind11::module_& module);
 void bind_overlap_add(pybind11::module_& module);
 void bind_pcm(pybind11::module_& module);
 void bind_qk_norm_rope(pybind11::module_& module);
+void bind_quantize(pybind11::module_& module);
 void bind_spectral(pybind11::module_& module);
 void bind_spsi(pybind11::module_& module);
 
@@ -30,6 +31,7 @@ PYBIND11_MODULE(_C, module) {
   bind_overlap_add(module);
   bind_pcm(module);
   bind_qk_norm_rope(module);
+  bind_quantize(module);
   bind_spectral(module);
   bind_spsi(module);
 }

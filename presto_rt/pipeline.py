@@ -39,7 +39,7 @@ log = logging.getLogger("presto_rt")
 
 BACKENDS = ("auto", "torch", "cpu")
 DEVICES = ("auto", "cpu", "cuda")
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": None}
 MAX_STEPS = 1_000
 MAX_COUNT = 10_000
 PEAK = 0.98
@@ -89,13 +89,15 @@ class Pipeline:
 
     schedules: the layer schedules that the weights have learned, by budget. quality: measured figures of plans, each
     {"steps", "layers", "kid"}, for `deadline_ms`. digest: names the weights. backend: "torch", or "cpu" for the engine,
-    which runs on `threads` threads (None: as many as torch).
+    which runs on `threads` threads (None: as many as torch). int8: its transformer's products in 8-bit integers.
     """
 
     def __init__(self, dit: DiT, codec: Codec, *, device: torch.device, dtype: torch.dtype,
                  defaults: Defaults | None = None, name: str = "custom",
                  schedules: dict[str, LayerSchedule] | None = None, quality: Sequence[dict[str, Any]] = (),
-                 digest: str = "", backend: str = "torch", threads: int | None = None) -> None:  # fmt: skip
+                 digest: str = "", backend: str = "torch", threads: int | None = None,
+                 int8: bool = False) -> None:  # fmt: skip
+        self.int8 = int8
         self.name, self.device, self.dtype, self.digest, self.backend = name, device, dtype, digest, backend
         self.schedules, self.quality = schedules or {}, list(quality)
         self.config: ModelConfig = dit.config
@@ -105,8 +107,8 @@ class Pipeline:
         self.decoder: DecoderEngine | None = None
         self._text: TextEngine | None = None  # made from the shared text encoder with the first prompt
         if backend == "cpu":
-            ops = CpuOps(dtype, threads)
-            self.engine, self.decoder = Engine(dit, ops, threads), DecoderEngine(codec, ops, threads)
+            self.engine = Engine(dit, CpuOps(dtype, threads, int8), threads)
+            self.decoder = DecoderEngine(codec, CpuOps(dtype, threads), threads)
         self.dit = dit.to(device, dtype).eval().requires_grad_(False)
         self.codec = codec.to(device).eval().requires_grad_(False)
 
@@ -307,8 +309,9 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
     """Load a shipped model by name, or a folder with config.json and safetensors shards.
 
     device: "auto" takes a CUDA GPU when there is one. dtype of the transformer: "auto" is bfloat16 where the hardware
-    computes in it (CUDA, AVX512-BF16 or AMX), float32 elsewhere. backend: "cpu" is the engine for CPUs, "torch" plain
-    torch; "auto" takes the engine where it can be had, else torch, and logs why. threads: of the engine; torch's number
+    computes in it (CUDA, AVX512-BF16 or AMX), float32 elsewhere; "int8" does the engine's products in 8-bit integers, a
+    scale for each token and output channel, and the rest as "auto" (CPU engine only; docs/cpu.md has its cost).
+    backend: "cpu" is the engine for CPUs, "torch" plain torch; "auto" takes the engine where it can be had, else torch, and logs why. threads: of the engine; torch's number
     by default.
     Raises WeightsError, BackendUnavailable, InvalidInput.
     """
@@ -317,6 +320,8 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
     where = _device(device)
     computed = _dtype(dtype, where)
     ran_by = _backend(backend, where, computed)
+    if dtype == "int8" and ran_by != "cpu":
+        raise BackendUnavailable('dtype="int8" needs the CPU engine: choose device="cpu" and backend="auto" or "cpu"')
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
         raise InvalidInput(f"threads must be a whole number from 1 to 1024, not {threads!r}")
     loaded = weights.load(name)
@@ -332,6 +337,7 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
             f"the weights of {name} do not fit their configuration: {str(error).splitlines()[0]}"
         ) from error
     return Pipeline(dit, codec, device=where, dtype=computed, name=Path(name).name, backend=ran_by, threads=threads,
+                    int8=dtype == "int8",
                     defaults=Defaults.from_dict(loaded.config.get("defaults", {})), schedules=schedules,
                     quality=loaded.config.get("quality", ()), digest=loaded.digest)  # fmt: skip
 

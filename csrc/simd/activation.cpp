@@ -3,7 +3,7 @@
 //   gelu_tanh   x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3), which is x (1 + tanh u) / 2 without cancellation
 //   silu        x / (1 + exp(-x))
 //   swiglu      value * silu(gate), from rows of values followed by as many gates
-#include "operator.h"
+#include "activation.h"
 
 namespace presto_rt {
 
@@ -19,16 +19,6 @@ struct Activation {
 namespace PRESTO_RT_ISA {
 namespace {
 
-PRESTO_RT_INLINE Vec gelu_tanh(Vec x) {
-  const Vec u = x * fma(x * x, all(-2.0f * 0.7978845608f * 0.044715f), all(-2.0f * 0.7978845608f));
-  return x / (exp(u) + 1.0f);
-}
-
-PRESTO_RT_INLINE Vec silu(Vec x) {
-  return x / (exp(-x) + 1.0f);
-}
-
-// y / (e^u + 1) is -inf / inf for x = -inf, where the limit is 0. torch gives NaN there for both; so do these.
 template <class T, int kKind>
 void span(const T* x, const T* gate, T* out, std::int64_t count) {
   for (std::int64_t i = 0; i < count; i += kWidth) {

@@ -20,7 +20,9 @@ from .reference import ACTIVATIONS
 
 EPS = 1e-6
 DTYPES = (torch.float32, torch.bfloat16)
-GELU_TANH, SILU, SWIGLU = 0, 1, 2
+GELU_TANH, SILU, SWIGLU, NONE = 0, 1, 2, 3
+KINDS = {"none": NONE, "gelu_tanh": GELU_TANH, "silu": SILU}
+WIDE = 256  # inputs from which on a product is worth doing in int8
 
 
 def unavailable(dtype: torch.dtype = torch.float32) -> str | None:
@@ -65,6 +67,33 @@ def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int | No
     return Packed(torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias, _onednn)
 
 
+@dataclass(frozen=True)
+class Packed8:
+    """Weights in int8, a scale (N,) for each output channel, in oneDNN's own layout. The activations come as int8 with
+    a scale for each token. bias (N,) fp32."""
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Integers (rows, K) -> their product times the weights' scales, (rows, N)."""
+        return torch.ops.onednn.qlinear_pointwise(
+            x, 1.0, 0, self.weight, self.scale, self.zero, None, 1.0, 0, dtype, "none", [], ""
+        )
+
+
+def pack_int8(weight: Tensor, bias: Tensor | None) -> Packed8:
+    """(N, K) weights rounded to int8: each channel's largest is 127."""
+    weight = weight.detach().float()
+    scale = weight.abs().amax(1).clamp_min(1e-12) / 127
+    rounded = (weight / scale[:, None]).round().to(torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(rounded, None)
+    zero = torch.zeros(len(scale), dtype=torch.int8)
+    return Packed8(packed, scale, zero, None if bias is None else bias.detach().float().clone())
+
+
 def check(x: Tensor, *shape: int, dtype: torch.dtype) -> int:
     """The tensor's address, if it is contiguous, of this shape and dtype, and on the CPU; ValueError otherwise."""
     if x.shape != shape or x.dtype != dtype or not x.is_contiguous() or x.device.type != "cpu":
@@ -73,12 +102,18 @@ def check(x: Tensor, *shape: int, dtype: torch.dtype) -> int:
 
 
 class CpuOps:
-    """C++ and oneDNN in fp32 or bf16. See `forward.Ops`. Raises BackendUnavailable where `unavailable` gives a
-    reason."""
+    """C++ and oneDNN in fp32 or bf16. See `forward.Ops` and `decoder.NetworkOps`.
+
+    int8: products of at least WIDE inputs are done in 8-bit integers, the rest and all between them in `dtype`. Raises
+    BackendUnavailable where `unavailable` gives a reason, and for int8 without oneDNN.
+    """
 
     owns_products = True  # oneDNN's packed product takes no output tensor
 
-    def __init__(self, dtype: torch.dtype = torch.float32, threads: int | None = None) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, threads: int | None = None, int8: bool = False) -> None:
+        if int8 and not torch.backends.mkldnn.is_available():
+            raise BackendUnavailable("int8 needs oneDNN, which this torch does not have")
+        self.int8 = int8
         if (why := unavailable(dtype)) is not None:
             raise BackendUnavailable(f"the CPU engine cannot be used: {why}")
         self.dtype = dtype
@@ -86,11 +121,36 @@ class CpuOps:
         self.threads = torch.get_num_threads() if threads is None else threads
         self.lib: Any = native.lib
 
-    def pack(self, weight: Tensor, bias: Tensor | None) -> Packed:
-        return pack(weight, bias, self.dtype)
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Packed | Packed8:
+        narrow = self.int8 and weight.shape[1] >= WIDE
+        return pack_int8(weight, bias) if narrow else pack(weight, bias, self.dtype)
 
-    def linear(self, x: Tensor, weights: Packed, out: Tensor | None, activation: str = "none") -> Tensor:
-        return weights(x, activation)
+    def linear(self, x: Tensor, weights: Packed | Packed8, out: Tensor | None, activation: str = "none") -> Tensor:
+        if isinstance(weights, Packed):
+            return weights(x, activation)
+        numbers, scale = self.quantize(x)
+        y = self.rescale(weights(numbers, self.dtype), scale, weights.bias, activation)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (..., K) -> int8 (rows, K) and a scale (rows,) fp32 for each row."""
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        out, scale = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
+        address = check(x, *x.shape, dtype=self.dtype)
+        self.lib.quantize(address, out.data_ptr(), scale.data_ptr(), self.bf16, rows, width, self.threads)
+        return out, scale
+
+    def rescale(self, y: Tensor, scale: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+        """activation(scale y + bias) in place; y (rows, N), scale (rows,) and bias (N,) fp32; "none", "gelu_tanh" or
+        "silu"."""
+        rows, width = y.shape
+        address = check(y, rows, width, dtype=self.dtype)
+        self.lib.rescale(
+            address, check(scale, rows, dtype=torch.float32),
+            0 if bias is None else check(bias, width, dtype=torch.float32), address, self.bf16, rows, width,
+            KINDS[activation], self.threads,
+        )  # fmt: skip
+        return y
 
     def activation(self, x: Tensor, kind: int, out: Tensor) -> Tensor:
         """gelu_tanh or silu of x into out (may be x), or swiglu of x (..., 2 N) into out (..., N)."""
