@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -18,28 +19,33 @@ from torch import Tensor
 
 from . import noise, weights
 from .audio import Audio
-from .config import HOP, MAX_SECONDS, SAMPLE_RATE, ModelConfig
+from .config import HOP, MAX_SECONDS, SAMPLE_RATE, ModelConfig, preset
 from .diffusion.guidance import Guidance, guided
 from .diffusion.precond import precondition
 from .diffusion.samplers import SAMPLERS, sample
 from .diffusion.schedule import Layers, LayerSchedule, karras_levels, parse_layers
-from .engine import Engine
+from .engine import Engine, cuda
 from .engine.cpu import CpuOps, unavailable
 from .engine.decoder import DecoderEngine
 from .engine.encoder import TextEngine
+from .engine.graph import GraphEngine, Limits
+from .engine.precision import Fp8
+from .engine.request import Request
 from .engine.threads import limited
 from .engine.trajectory import write_out
 from .errors import BackendUnavailable, InvalidInput, WeightsError
 from .keys import Key, check_key, key_features, parse_key
 from .models.codec import Codec, CodecConfig
 from .models.dit import Condition, DiT, beat_features
+from .models.untrained import SUFFIX, untrained
 from .text import MAX_BPM, MIN_BPM, TextStates, check_prompts, load_text_encoder, parse_bpm
 
 log = logging.getLogger("presto_rt")
 
-BACKENDS = ("auto", "torch", "cpu")
+BACKENDS = ("auto", "torch", "cpu", "graph")
 DEVICES = ("auto", "cpu", "cuda")
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": None}
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": None,
+          "fp8": torch.bfloat16}  # fmt: skip
 MAX_STEPS = 1_000
 MAX_COUNT = 10_000
 PEAK = 0.98
@@ -90,13 +96,14 @@ class Pipeline:
     schedules: the layer schedules that the weights have learned, by budget. quality: measured figures of plans, each
     {"steps", "layers", "kid"}, for `deadline_ms`. digest: names the weights. backend: "torch", or "cpu" for the engine,
     which runs on `threads` threads (None: as many as torch). int8: its transformer's products in 8-bit integers.
+    "graph" is `engine.graph`, with `limits` and `fp8`.
     """
 
     def __init__(self, dit: DiT, codec: Codec, *, device: torch.device, dtype: torch.dtype,
                  defaults: Defaults | None = None, name: str = "custom",
                  schedules: dict[str, LayerSchedule] | None = None, quality: Sequence[dict[str, Any]] = (),
                  digest: str = "", backend: str = "torch", threads: int | None = None,
-                 int8: bool = False) -> None:  # fmt: skip
+                 int8: bool = False, limits: Limits | None = None, fp8: Fp8 | None = None) -> None:  # fmt: skip
         self.int8 = int8
         self.name, self.device, self.dtype, self.digest, self.backend = name, device, dtype, digest, backend
         self.schedules, self.quality = schedules or {}, list(quality)
@@ -109,8 +116,13 @@ class Pipeline:
         if backend == "cpu":
             self.engine = Engine(dit, CpuOps(dtype, threads, int8), threads)
             self.decoder = DecoderEngine(codec, CpuOps(dtype, threads), threads)
-        self.dit = dit.to(device, dtype).eval().requires_grad_(False)
+        self.graph: GraphEngine | None = None
         self.codec = codec.to(device).eval().requires_grad_(False)
+        if backend == "graph":
+            encoder = copy.deepcopy(load_text_encoder()).to(device)
+            table = cuda.CudaOps(dtype, device)
+            self.graph = GraphEngine(dit, self.codec, encoder, table, peak=PEAK, limits=limits, fp8=fp8)
+        self.dit = dit.to(device, dtype).eval().requires_grad_(False)
 
     def generate(
         self,
@@ -130,6 +142,7 @@ class Pipeline:
         seed: int | Sequence[int] | None = None,
         callback: Callback | None = None,
         return_latents: bool = False,
+        output: str = "audio",
     ) -> Any:
         """Music for one prompt (an Audio) or several (a list of them), 44.1 kHz stereo.
 
@@ -141,8 +154,9 @@ class Pipeline:
         one entry for each step. deadline_ms: takes the best steps and layers that end in time on this machine, by the
         table of `presto-rt tune` (measured quickly where there is none); those that are given stay. seed: clip i of a
         list uses seed + i, or the i-th of a list of seeds; None draws one, which the Audio tells. callback(step,
-        steps) after each step. return_latents: returns (audio, latents (T, C)) or (list, (B, T, C)). Raises
-        InvalidInput.
+        steps) after each step (all at once at the end, where a graph does them in one). return_latents: returns
+        (audio, latents (T, C)) or (list, (B, T, C)). output: "pcm16" gives int16 arrays (frames, 2) instead of Audio,
+        dithered by their seeds, for those who send them on. Raises InvalidInput, EngineOutOfMemory.
         """
         prompts = check_prompts(prompt)
         tempos, keys = self._tempos(prompts, bpm), self._keys(prompts, key)
@@ -151,14 +165,22 @@ class Pipeline:
         plan = self.plan(*how, deadline_ms=deadline_ms, clips=len(prompts))
         if negative_prompt is not None and not isinstance(negative_prompt, str):
             raise InvalidInput("negative_prompt must be a string")
-        clips, latents = [], []
+        if output not in ("audio", "pcm16"):
+            raise InvalidInput(f'output must be "audio" or "pcm16", not {output!r}')
+        clips: list[Any] = []
+        latents = []
         # On a CPU clips run one after another: batching gains nothing at these sizes, and a clip is then the same
         # to the bit whether it was asked for alone or among others.
         size = 1 if self.device.type == "cpu" else max(1, 32_768 // plan.frames)
         for first in range(0, len(prompts), size):
             part = slice(first, first + size)
-            audio, x = self._run(plan, prompts[part], tempos[part], keys[part], seeds[part], negative_prompt, callback)
-            clips += audio
+            given = (plan, prompts[part], tempos[part], keys[part], seeds[part], negative_prompt, callback)
+            if self.graph is not None:
+                made, x = self._run_graph(*given, output)
+            else:
+                audio, x = self._run(*given)
+                made = [clip.to_int16() for clip in audio] if output == "pcm16" else audio
+            clips += made
             latents.append(x)
         stacked = torch.cat(latents)
         if isinstance(prompt, str):
@@ -220,6 +242,33 @@ class Pipeline:
             for s, seed, p in zip(levelled, seeds, prompts, strict=True)
         ]
         return audio, x.cpu()
+
+    def request(self, plan: Plan, prompts: list[str], tempos: list[float | None], keys: list[Key | None],
+                seeds: list[int], negative: str | None = None, output: str = "float32") -> Request:  # fmt: skip
+        """What `engine.graph` is asked for a plan: everything of a call that its graph reads."""
+        config, encoder = self.config, load_text_encoder()
+        runs = write_out(plan.sampler, plan.levels, plan.guidance, plan.layers, config.network, config.sigma_data)
+        tokens = encoder.tokens(prompts, config.text_tokens)
+        away = None if negative is None else encoder.tokens([negative] * len(prompts), config.text_tokens)
+        beats = torch.stack([beat_features(plan.frames, HOP / SAMPLE_RATE, bpm) for bpm in tempos])
+        tonality = torch.tensor([key_features(key) for key in keys])
+        return Request(tokens, runs, seeds, plan.samples, plan.frames, beats, tonality, away, output=output)
+
+    def _run_graph(self, plan: Plan, prompts: list[str], tempos: list[float | None], keys: list[Key | None],
+                   seeds: list[int], negative: str | None, callback: Callback | None,
+                   output: str) -> tuple[list[Any], Tensor]:  # fmt: skip
+        assert self.graph is not None
+        started = time.perf_counter()
+        kind = "pcm16" if output == "pcm16" else "float32"
+        result = self.graph.run(self.request(plan, prompts, tempos, keys, seeds, negative, kind))
+        for step in range(1, len(plan.levels) if callback else 0):
+            callback(step, len(plan.levels) - 1)  # type: ignore[misc]
+        if output == "pcm16":
+            return list(result.samples), result.latents
+        timings = result.stages | {"total": time.perf_counter() - started - result.captured}
+        audio = [Audio(s, SAMPLE_RATE, seed=seed, prompt=p, timings=dict(timings))
+                 for s, seed, p in zip(result.samples, seeds, prompts, strict=True)]  # fmt: skip
+        return audio, result.latents
 
     def denoise(self, plan: Plan, condition: Condition, unconditional: Condition, seeds: list[int],
                 callback: Callback | None = None) -> Tensor:  # fmt: skip
@@ -305,51 +354,70 @@ def _one_each(name: str, value: Any, count: int) -> list[Any]:
 
 
 def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: str = "auto",
-         backend: str = "auto", threads: int | None = None) -> Pipeline:  # fmt: skip
-    """Load a shipped model by name, or a folder with config.json and safetensors shards.
+         backend: str = "auto", threads: int | None = None, limits: Limits | None = None) -> Pipeline:  # fmt: skip
+    """Load a shipped model by name, or a folder with config.json and safetensors shards. "small-random" and the like
+    are a preset without training, for timing.
 
     device: "auto" takes a CUDA GPU when there is one. dtype of the transformer: "auto" is bfloat16 where the hardware
-    computes in it (CUDA, AVX512-BF16 or AMX), float32 elsewhere; "int8" does the engine's products in 8-bit integers, a
-    scale for each token and output channel, and the rest as "auto" (CPU engine only; docs/cpu.md has its cost).
-    backend: "cpu" is the engine for CPUs, "torch" plain torch; "auto" takes the engine where it can be had, else torch, and logs why. threads: of the engine; torch's number
-    by default.
+    computes in it (CUDA, AVX512-BF16 or AMX), float32 elsewhere; "int8" does the CPU engine's products in 8-bit
+    integers, a scale for each token and output channel, and the rest as "auto" (docs/cpu.md has its cost); "fp8" is
+    bfloat16 with those products in fp8 that lose little by it (backend "graph", docs/engine.md). backend: "cpu" is the engine for CPUs, "graph" the one that runs all of a
+    request as one CUDA graph (on a CPU: as one recorded function), "torch" plain torch; "auto" takes the device's
+    engine where it can be had, else torch, and logs why. threads: of the CPU engine; torch's number by default.
+    limits: how many graphs and streams the graph engine keeps.
     Raises WeightsError, BackendUnavailable, InvalidInput.
     """
     if backend not in BACKENDS:
         raise BackendUnavailable(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
     where = _device(device)
     computed = _dtype(dtype, where)
-    ran_by = _backend(backend, where, computed)
-    if dtype == "int8" and ran_by != "cpu":
-        raise BackendUnavailable('dtype="int8" needs the CPU engine: choose device="cpu" and backend="auto" or "cpu"')
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
         raise InvalidInput(f"threads must be a whole number from 1 to 1024, not {threads!r}")
-    loaded = weights.load(name)
+    random = str(name).endswith(SUFFIX)
+    loaded = weights.load("nano" if random else name)  # the codec is the shipped one in any case
     try:
-        config = ModelConfig.from_dict(loaded.config["model"])
-        dit, codec = DiT(config), Codec(CodecConfig.from_dict(loaded.config["codec"]))
-        dit.load_state_dict({k: v.float() for k, v in loaded.parts["dit"].items()})
+        config = preset(str(name).removesuffix(SUFFIX)) if random else ModelConfig.from_dict(loaded.config["model"])
+        codec = Codec(CodecConfig.from_dict(loaded.config["codec"]))
         codec.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in loaded.parts["codec"].items()})
+        if random:
+            loaded.config = {"defaults": {"steps": 4, "sampler": "few_step", "guidance": 1.0}}
+            loaded.digest = f"random {config.name}"
+            dit = untrained(config, where)
+        else:
+            dit = DiT(config)
+            dit.load_state_dict({k: v.float() for k, v in loaded.parts["dit"].items()})
         saved = {k: LayerSchedule.from_json(v) for k, v in loaded.config.get("layers", {}).items()}
         schedules = {k: parse_layers(v, config.blocks) for k, v in saved.items()}  # of this very depth
     except (InvalidInput, KeyError, RuntimeError) as error:
         raise WeightsError(
             f"the weights of {name} do not fit their configuration: {str(error).splitlines()[0]}"
         ) from error
+    ran_by = _backend(backend, where, computed, config)
+    if dtype == "int8" and ran_by != "cpu":
+        raise BackendUnavailable('dtype="int8" needs the CPU engine: choose device="cpu" and backend="auto" or "cpu"')
+    if dtype == "fp8" and ran_by != "graph":
+        raise BackendUnavailable("fp8 needs backend='graph'; choose it, or another dtype")
     return Pipeline(dit, codec, device=where, dtype=computed, name=Path(name).name, backend=ran_by, threads=threads,
-                    int8=dtype == "int8",
                     defaults=Defaults.from_dict(loaded.config.get("defaults", {})), schedules=schedules,
-                    quality=loaded.config.get("quality", ()), digest=loaded.digest)  # fmt: skip
+                    quality=loaded.config.get("quality", ()), digest=loaded.digest, int8=dtype == "int8", limits=limits,
+                    fp8=Fp8() if dtype == "fp8" else None)  # fmt: skip
 
 
-def _backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What runs the transformer: "cpu", the engine, or "torch". BackendUnavailable where "cpu" cannot be had."""
-    why = "the device is not a CPU" if device.type != "cpu" else unavailable(dtype)
-    if name == "cpu" and why is not None:
-        raise BackendUnavailable(f"the CPU engine cannot be used: {why}; choose backend='torch'")
-    if name == "auto" and why is not None and device.type == "cpu":
-        log.info("the transformer runs in plain torch: %s", why)
-    return "torch" if name == "torch" or why is not None else "cpu"
+def _backend(name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig) -> str:
+    """What runs the transformer: "graph" or "cpu", the engines, or "torch". BackendUnavailable where what was asked for
+    by name cannot be had."""
+    on_cpu = device.type == "cpu"
+    why = {"cpu": unavailable(dtype) if on_cpu else "the device is not a CPU",
+           "graph": None if on_cpu else cuda.unavailable(config, dtype, device)}  # fmt: skip
+    if why.get(name) is not None:
+        raise BackendUnavailable(f"the {name} engine cannot be used: {why[name]}; choose backend='torch'")
+    if name != "auto":
+        return name
+    engine = "cpu" if on_cpu else "graph"
+    if why[engine] is not None:
+        log.info("the transformer runs in plain torch: %s", why[engine])
+        return "torch"
+    return engine
 
 
 def _device(name: str) -> torch.device:
