@@ -118,7 +118,7 @@ def _backends() -> dict[str, dict[str, Any]]:
     elif not triton:
         cuda = {"usable": True, "why": "torch alone; pip install 'presto-rt[triton]' for the kernels"}
     else:
-        cuda = {"usable": True, "why": "torch with Triton kernels"}
+        cuda = {"usable": True, "why": "Triton kernels, a request in one CUDA graph"}
     why = unavailable()
     isa = native.lib.isa() if native.lib is not None else ""
     engine = {"usable": why is None, "why": why or f"C++ for {isa} and oneDNN"}

@@ -361,10 +361,10 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
     device: "auto" takes a CUDA GPU when there is one. dtype of the transformer: "auto" is bfloat16 where the hardware
     computes in it (CUDA, AVX512-BF16 or AMX), float32 elsewhere; "int8" does the CPU engine's products in 8-bit
     integers, a scale for each token and output channel, and the rest as "auto" (docs/cpu.md has its cost); "fp8" is
-    bfloat16 with those products in fp8 that lose little by it (backend "graph", docs/engine.md). backend: "cpu" is the engine for CPUs, "graph" the one that runs all of a
-    request as one CUDA graph (on a CPU: as one recorded function), "torch" plain torch; "auto" takes the device's
-    engine where it can be had, else torch, and logs why. threads: of the CPU engine; torch's number by default.
-    limits: how many graphs and streams the graph engine keeps.
+    bfloat16 with those products in fp8 that lose little by it (backend "graph", docs/engine.md). backend: "cpu" is the
+    engine for CPUs, "graph" the one that runs all of a request as one CUDA graph (on a CPU: as one recorded function),
+    "torch" plain torch; "auto" takes the device's engine where it can be had, else torch, and logs why. threads: of the
+    CPU engine; torch's number by default. limits: how many graphs and streams the graph engine keeps.
     Raises WeightsError, BackendUnavailable, InvalidInput.
     """
     if backend not in BACKENDS:
