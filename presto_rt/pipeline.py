@@ -7,38 +7,40 @@ import logging
 import math
 import os
 import platform
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import noise, weights
+from . import arguments, noise, weights
+from .arguments import number
 from .audio import Audio
 from .config import HOP, MAX_SECONDS, SAMPLE_RATE, ModelConfig, preset
 from .diffusion.guidance import Guidance, guided
 from .diffusion.precond import precondition
 from .diffusion.samplers import SAMPLERS, sample
 from .diffusion.schedule import Layers, LayerSchedule, karras_levels, parse_layers
-from .engine import Engine, cuda
+from .engine import Engine
 from .engine.cpu import CpuOps, unavailable
 from .engine.decoder import DecoderEngine
 from .engine.encoder import TextEngine
-from .engine.graph import GraphEngine, Limits
-from .engine.precision import Fp8
 from .engine.request import Request
 from .engine.threads import limited
 from .engine.trajectory import write_out
 from .errors import BackendUnavailable, InvalidInput, WeightsError
-from .keys import Key, check_key, key_features, parse_key
+from .keys import Key, key_features
 from .models.codec import Codec, CodecConfig
 from .models.dit import Condition, DiT, beat_features
 from .models.untrained import SUFFIX, untrained
-from .text import MAX_BPM, MIN_BPM, TextStates, check_prompts, load_text_encoder, parse_bpm
+from .text import TextStates, check_prompts, load_text_encoder
+
+if TYPE_CHECKING:  # Triton is loaded where it is used
+    from .engine.graph import GraphEngine, Limits
+    from .engine.precision import Fp8
 
 log = logging.getLogger("presto_rt")
 
@@ -47,7 +49,6 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": None,
           "fp8": torch.bfloat16}  # fmt: skip
 MAX_STEPS = 1_000
-MAX_COUNT = 10_000
 PEAK = 0.98
 Callback = Callable[[int, int], None]
 
@@ -83,13 +84,6 @@ class Plan:
     frames: int
 
 
-def number(name: str, value: object, low: float, high: float) -> float:
-    """`value` as a float in [low, high]; InvalidInput for anything else, NaN and bool included."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InvalidInput(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
-    return float(value)
-
-
 class Pipeline:
     """A loaded model: text encoder, diffusion transformer and codec on one device. See `load`.
 
@@ -119,8 +113,11 @@ class Pipeline:
         self.graph: GraphEngine | None = None
         self.codec = codec.to(device).eval().requires_grad_(False)
         if backend == "graph":
+            from .engine.cuda import CudaOps
+            from .engine.graph import GraphEngine
+
             encoder = copy.deepcopy(load_text_encoder()).to(device)
-            table = cuda.CudaOps(dtype, device)
+            table = CudaOps(dtype, device, backend="torch" if device.type == "cpu" else "auto")
             self.graph = GraphEngine(dit, self.codec, encoder, table, peak=PEAK, limits=limits, fp8=fp8)
         self.dit = dit.to(device, dtype).eval().requires_grad_(False)
 
@@ -159,8 +156,8 @@ class Pipeline:
         dithered by their seeds, for those who send them on. Raises InvalidInput, EngineOutOfMemory.
         """
         prompts = check_prompts(prompt)
-        tempos, keys = self._tempos(prompts, bpm), self._keys(prompts, key)
-        seeds = self._seeds(len(prompts), seed)
+        tempos, keys = arguments.tempos(prompts, bpm), arguments.keys(prompts, key)
+        seeds = arguments.seeds(len(prompts), seed)
         how = (seconds, steps, sampler, guidance, guidance_interval, cfg_pp, layers)
         plan = self.plan(*how, deadline_ms=deadline_ms, clips=len(prompts))
         if negative_prompt is not None and not isinstance(negative_prompt, str):
@@ -322,36 +319,6 @@ class Pipeline:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    @staticmethod
-    def _tempos(prompts: list[str], bpm: float | Sequence[float | None] | None) -> list[float | None]:
-        given = _one_each("bpm", bpm, len(prompts))
-        return [
-            parse_bpm(p) if b is None else number("bpm", b, MIN_BPM, MAX_BPM)
-            for p, b in zip(prompts, given, strict=True)
-        ]
-
-    @staticmethod
-    def _keys(prompts: list[str], key: str | Sequence[str | None] | None) -> list[Key | None]:
-        given = _one_each("key", key, len(prompts))
-        return [parse_key(p) if k is None else check_key(k) for p, k in zip(prompts, given, strict=True)]
-
-    @staticmethod
-    def _seeds(count: int, seed: int | Sequence[int] | None) -> list[int]:
-        if count > MAX_COUNT:
-            raise InvalidInput(f"at most {MAX_COUNT} clips in one call, not {count}")
-        if isinstance(seed, list | tuple):
-            return [noise.check_seed(s) for s in _one_each("seed", seed, count)]
-        first = secrets.randbits(63) if seed is None else noise.check_seed(seed)
-        return [(first + i) % 2**64 for i in range(count)]
-
-
-def _one_each(name: str, value: Any, count: int) -> list[Any]:
-    """A value for each of `count` prompts: a list as it is, anything else repeated."""
-    given = list(value) if isinstance(value, list | tuple) else [value] * count
-    if len(given) != count:
-        raise InvalidInput(f"{count} prompts but {len(given)} values of {name}")
-    return given
-
 
 def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: str = "auto",
          backend: str = "auto", threads: int | None = None, limits: Limits | None = None) -> Pipeline:  # fmt: skip
@@ -395,18 +362,25 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
     ran_by = _backend(backend, where, computed, config)
     if dtype == "int8" and ran_by != "cpu":
         raise BackendUnavailable('dtype="int8" needs the CPU engine: choose device="cpu" and backend="auto" or "cpu"')
-    if dtype == "fp8" and ran_by != "graph":
-        raise BackendUnavailable("fp8 needs backend='graph'; choose it, or another dtype")
+    fp8 = None
+    if dtype == "fp8":
+        if ran_by != "graph":
+            raise BackendUnavailable("fp8 needs backend='graph'; choose it, or another dtype")
+        from .engine.precision import Fp8
+
+        fp8 = Fp8()
     return Pipeline(dit, codec, device=where, dtype=computed, name=Path(name).name, backend=ran_by, threads=threads,
                     defaults=Defaults.from_dict(loaded.config.get("defaults", {})), schedules=schedules,
                     quality=loaded.config.get("quality", ()), digest=loaded.digest, int8=dtype == "int8", limits=limits,
-                    fp8=Fp8() if dtype == "fp8" else None)  # fmt: skip
+                    fp8=fp8)  # fmt: skip
 
 
 def _backend(name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig) -> str:
     """What runs the transformer: "graph" or "cpu", the engines, or "torch". BackendUnavailable where what was asked for
     by name cannot be had."""
     on_cpu = device.type == "cpu"
+    if not on_cpu:
+        from .engine import cuda
     why = {"cpu": unavailable(dtype) if on_cpu else "the device is not a CPU",
            "graph": None if on_cpu else cuda.unavailable(config, dtype, device)}  # fmt: skip
     if why.get(name) is not None:
