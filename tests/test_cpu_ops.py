@@ -31,7 +31,8 @@ UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
 
 @pytest.fixture(params=native.lib.isas(), autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each test runs once with each instruction set."""
+    """Each test runs once with each instruction set, on the same numbers every time."""
+    torch.manual_seed(0)
     before = native.lib.isa()
     native.lib.use_isa(request.param)
     yield request.param
@@ -114,9 +115,17 @@ def test_qk_norm_rope(dtype: torch.dtype, tokens: int, heads: int, dim: int) -> 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "keys", "heads", "dim"),
-    [(1, 1, 1, 2), (6, 7, 2, 24), (50, 50, 3, 64), (97, 131, 1, 128), (13, 64, 2, 34), (49, 20, 6, 64)],
+    [
+        (1, 1, 1, 2),
+        (6, 7, 2, 24),
+        (50, 50, 3, 64),
+        (97, 131, 1, 128),
+        (13, 64, 2, 34),
+        (49, 20, 6, 64),
+        (33, 32, 1, 96),
+    ],
 )
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
 def test_attention(dtype: torch.dtype, tokens: int, keys: int, heads: int, dim: int, threads: int) -> None:
     q, k, v = (torch.randn(2, heads, n, dim).to(dtype) for n in (tokens, keys, keys))
     ops = CpuOps(dtype, threads)
@@ -185,10 +194,23 @@ def test_denormals_infinities_and_nan_come_through(dtype: torch.dtype) -> None:
                                residual, out)  # fmt: skip
     assert out[0, 1].isnan().all()
     assert torch.equal(out[0, 0], torch.zeros(40, dtype=dtype))
-    q = torch.randn(1, 1, 8, 16).to(dtype)
-    k, scratch = q.clone(), torch.empty(ops.scratch_bytes(1, 1, 8, 16), dtype=torch.uint8)
-    k[0, 0, 3, 2] = nan
-    assert ops.attention(q, k, q, scratch, torch.empty(1, 8, 16, dtype=dtype)).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wild", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("tokens", [8, 37])
+def test_what_is_not_finite_comes_through_attention(dtype: torch.dtype, wild: float, tokens: int) -> None:
+    ops = CpuOps(dtype, 1)
+    scratch = torch.empty(ops.scratch_bytes(1, 1, tokens, 16), dtype=torch.uint8)
+    base = torch.rand(1, 1, tokens, 16).to(dtype) + 0.1  # one sign: an infinite key is one for all queries
+    spoilt = base.clone()
+    spoilt[0, 0, 3, 2] = wild
+    for which in range(3):
+        q, k, v = (spoilt if i == which else base for i in range(3))
+        got = ops.attention(q, k, v, scratch, torch.empty(1, tokens, 16, dtype=dtype))
+        want = (q.double() @ k.double().mT / 4).softmax(-1) @ v.double()
+        assert torch.equal(got.isnan(), want[0].isnan())
+        assert torch.equal(got.isinf(), want[0].isinf())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

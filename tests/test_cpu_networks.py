@@ -1,0 +1,314 @@
+"""The CPU engine beyond the transformer: operators of the codec's decoder, of the text encoder and of int8, with every
+instruction set in turn, and both networks against their plain definitions.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from presto_rt import native
+from presto_rt.engine import decoder as decoding
+from presto_rt.engine.arena import aliased, place
+from presto_rt.engine.cpu import WIDE, CpuOps, Packed8
+from presto_rt.engine.decoder import DecoderEngine, DecoderWeights
+from presto_rt.engine.encoder import TextEngine
+from presto_rt.engine.reference import ACTIVATIONS, ReferenceOps
+from presto_rt.errors import BackendUnavailable
+from presto_rt.evaluation.codec import measure
+from presto_rt.models.codec import Codec, CodecConfig
+from presto_rt.pipeline import load
+from presto_rt.text import load_text_encoder
+
+if native.lib is None:
+    pytest.skip(f"no C++ operators: {native.why}", allow_module_level=True)
+
+DTYPES = [torch.float32, torch.bfloat16]
+UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
+SMALL = CodecConfig(decoder_width=72, decoder_blocks=3, frame_width=40, frame_blocks=2, griffin_lim=0)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = native.lib.isa()
+    native.lib.use_isa(request.param)
+    yield request.param
+    native.lib.use_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+each_isa = pytest.mark.parametrize("isa", native.lib.isas(), indirect=True)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+
+
+def unaligned(x: Tensor) -> Tensor:
+    """The same numbers at an address that is a multiple of the element's size and of nothing more."""
+    base = torch.empty(x.numel() + 17, dtype=x.dtype)
+    start = next(i for i in range(1, 17) if (base.data_ptr() // x.element_size() + i) % 2)
+    return base[start : start + x.numel()].view(x.shape).copy_(x)
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    return unaligned(torch.full(shape, float("nan"), dtype=dtype))
+
+
+def close(got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """got is at most twice as far from fp64 as plain torch: in the mean square with a unit of rounding to spare, in
+    every element with four."""
+    unit = UNIT[got.dtype] * float(exact.abs().max())
+    ours, torchs = (x.double() - exact for x in (got, plain))
+    assert ours.square().mean().sqrt() <= 2 * torchs.square().mean().sqrt() + unit
+    assert ours.abs().max() <= 2 * torchs.abs().max() + 4 * unit
+
+
+# ---- operators
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize(("batch", "frames", "width"), [(1, 1, 1), (2, 2, 7), (3, 4, 72), (1, 37, 384), (2, 9, 1030)])
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_residual_mix_norm(isa: str, dtype: torch.dtype, batch: int, frames: int, width: int, threads: int) -> None:
+    shape = batch, frames, width
+    source, branch = torch.randn(shape) * 3 + 1, torch.randn(shape).to(dtype)
+    mix, norm = torch.randn(5, width), (torch.rand(width) + 0.5, torch.randn(width))
+    for given in ((source, branch, mix, norm), (None, branch, mix, norm), (source, None, None, norm),
+                  (source, branch, None, None)):  # fmt: skip
+        for after in (False, True) if given[3] is not None else (False,):
+            results = []
+            for ops, wide in ((CpuOps(dtype, threads), torch.float32), (ReferenceOps(dtype), torch.float32),
+                              (ReferenceOps(torch.float64), torch.float64)):  # fmt: skip
+                narrow = dtype if wide == torch.float32 else wide
+                inputs = [None if x is None else unaligned(x.to(k)) for x, k in zip(given[:3], (wide, narrow, wide),
+                                                                                    strict=True)]  # fmt: skip
+                scales = None if given[3] is None else tuple(unaligned(w.to(wide)) for w in given[3])
+                residual, out = poisoned(*shape, dtype=wide), poisoned(*shape, dtype=narrow)
+                ops.residual_mix_norm(*inputs, scales, residual, out, 1e-5, after)
+                results.append((residual, out))
+            for got, plain, exact in zip(*results, strict=True):
+                close(got, plain, exact)
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize(("batch", "frames", "bands", "stride"), [(1, 1, 1, 3), (2, 5, 7, 32), (1, 9, 371, 1120)])
+def test_features(isa: str, dtype: torch.dtype, batch: int, frames: int, bands: int, stride: int) -> None:
+    halves = [torch.randn(batch, frames, stride).to(dtype) * 2 for _ in range(2)]
+    mean, ceiling = torch.randn(2, bands) - 8, torch.randn(2, bands) - 7
+    results = []
+    for ops, wide in ((CpuOps(dtype, 3), torch.float32), (ReferenceOps(dtype), torch.float32),
+                      (ReferenceOps(torch.float64), torch.float64)):  # fmt: skip
+        inputs = [unaligned(x.to(dtype if wide == torch.float32 else wide)) for x in halves]
+        out = poisoned(batch, frames, 3, bands, dtype=wide)
+        results.append(ops.features(*inputs, mean.to(wide), ceiling.to(wide), 2.0, out))
+    close(*results)
+    assert (results[0][:, :, :2] <= ceiling).all()
+    assert (results[0][:, :, 2].abs() <= 1).all()
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 7), (33, 384), (3, 1537)])
+def test_quantize_and_rescale(isa: str, dtype: torch.dtype, rows: int, width: int) -> None:
+    x = (torch.randn(rows, width) * torch.logspace(-3, 3, rows)[:, None]).to(dtype)
+    x[0] = 0
+    ops = CpuOps(dtype, 2, int8=True)
+    numbers, scale = ops.quantize(unaligned(x))
+    torch.testing.assert_close(scale, x.float().abs().amax(1) / 127, rtol=1e-6, atol=0)
+    steps = x.double() / scale.double()[:, None].clamp_min(1e-30)
+    assert (numbers.double() - steps).abs().max() <= 0.5 + 1e-4  # to nearest; a tie may go either way
+    bias, y = torch.randn(width), torch.randn(rows, width).to(dtype)
+    for name in ("none", "gelu_tanh", "silu"):
+        for added in (bias, None):
+            shift = torch.zeros(width) if added is None else added
+            got = ops.rescale(unaligned(y), scale, added, name)
+            plain = ACTIVATIONS[name](y.float() * scale[:, None] + shift).to(dtype)
+            exact = ACTIVATIONS[name](y.double() * scale.double()[:, None] + shift.double())
+            close(got, plain, exact)
+
+
+@each_isa
+def test_what_is_not_finite_comes_through(isa: str) -> None:
+    for dtype in DTYPES:
+        ops = CpuOps(dtype, 1, int8=True)
+        for wild in (float("nan"), float("inf"), float("-inf")):
+            x = torch.randn(1, 9, 40)
+            x[0, 4, 11] = wild
+            out, mix = torch.empty(1, 9, 40, dtype=dtype), torch.ones(5, 40)
+            ops.residual_mix_norm(x, None, mix, (torch.ones(40), torch.zeros(40)), None, out)
+            assert out[0, 2:7].isnan().all()  # five frames see it
+            assert out[0, :2].isfinite().all()
+            assert out[0, 7:].isfinite().all()
+            packed = ops.pack(torch.randn(24, WIDE), torch.zeros(24))
+            wide = torch.randn(1, 3, WIDE).to(dtype)
+            wide[0, 1, 7] = wild
+            y = ops.linear(wide, packed, None)
+            assert not y[0, 1].isfinite().any()
+            assert y[0, ::2].isfinite().all()
+            halves = torch.zeros(1, 2, 6, dtype=dtype), torch.zeros(1, 2, 6, dtype=dtype)
+            halves[0][0, 1] = wild
+            features = torch.empty(1, 2, 3, 2)
+            ops.features(*halves, torch.zeros(2, 2), torch.full((2, 2), 5.0), 2.0, features)
+            want = [wild, wild, torch.tanh(torch.tensor(wild)).item()] if wild < 0 else [5.0, 5.0, 1.0]
+            want = [wild] * 3 if wild != wild else want
+            torch.testing.assert_close(features[0, 1, :, 0], torch.tensor(want), equal_nan=True)
+
+
+@each_isa
+def test_tiny_numbers_do_not_become_zero(isa: str) -> None:
+    tiny = torch.full((1, 3, 20), 1e-39)
+    out, residual = torch.empty(1, 3, 20, dtype=torch.bfloat16), torch.empty(1, 3, 20)
+    CpuOps(torch.bfloat16, 1).residual_mix_norm(tiny, None, None, None, residual, out)
+    assert torch.equal(residual, tiny)
+    assert torch.equal(out, tiny.bfloat16())
+    assert (out != 0).all()
+
+
+def test_sizes_are_checked() -> None:
+    ops = CpuOps(torch.float32, 1)
+    x, norm = torch.zeros(1, 4, 8), (torch.ones(8), torch.zeros(8))
+    with pytest.raises(ValueError, match="must not be the source"):
+        ops.residual_mix_norm(x, None, torch.zeros(5, 8), norm, x, x.clone())
+    with pytest.raises(ValueError, match="contiguous"):
+        ops.residual_mix_norm(x, x[:, :3], None, norm, None, x.clone())
+    with pytest.raises(ValueError, match="source or branch"):
+        ops.residual_mix_norm(None, None, None, norm, None, x.clone())
+    with pytest.raises(ValueError, match="nothing is normalised"):
+        ops.residual_mix_norm(x, None, None, None, x.clone(), x.clone(), after=True)
+    with pytest.raises(ValueError, match="three of 3 bands"):
+        ops.features(x, x, torch.zeros(2, 3), torch.zeros(2, 3), 2.0, torch.zeros(1, 4, 3, 3))
+
+
+@each_dtype
+@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "silu"])
+def test_products_with_their_activation(dtype: torch.dtype, activation: str) -> None:
+    x, w, b = torch.randn(1, 29, 72).to(dtype), torch.randn(50, 72).to(dtype), torch.randn(50).to(dtype)
+    ops, formula = CpuOps(dtype, 1), ACTIVATIONS[activation]
+    exact = formula(F.linear(x.double(), w.double(), b.double()))
+    close(ops.linear(x, ops.pack(w, b), None, activation), formula(F.linear(x, w, b)), exact)
+
+
+# ---- int8
+
+
+@each_dtype
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh", "silu"])
+def test_int8_products(dtype: torch.dtype, activation: str) -> None:
+    """Rounding both sides to 127 steps leaves an error of about a hundredth; whole tokens keep their own scale."""
+    x, w, b = torch.randn(2, 31, 384), torch.randn(200, 384) / 20, torch.randn(200)
+    x[0] *= 1000
+    ops = CpuOps(dtype, 2, int8=True)
+    packed = ops.pack(w, b)
+    assert isinstance(packed, Packed8)
+    assert not isinstance(ops.pack(w[:, : WIDE - 1], b), Packed8)
+    got = ops.linear(x.to(dtype), packed, None, activation).double()
+    exact = ACTIVATIONS[activation](F.linear(x.double(), w.double(), b.double()))
+    for clip in range(2):
+        error = (got - exact)[clip].square().mean().sqrt() / exact[clip].square().mean().sqrt()
+        assert 1e-4 < error < 0.015
+
+
+def test_int8_is_for_the_engine_alone() -> None:
+    with pytest.raises(BackendUnavailable, match="int8"):
+        load("nano", device="cpu", dtype="int8", backend="torch")
+
+
+# ---- networks
+
+
+def random_codec(config: CodecConfig = SMALL) -> Codec:
+    codec = Codec(config).eval().requires_grad_(False)
+    for p in codec.decoder.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    codec.latent_mean.normal_()
+    codec.latent_scale.uniform_(0.3, 0.7)
+    codec.feature_mean.normal_(-8, 2)
+    codec.ceiling.normal_(-7, 1)
+    return codec
+
+
+Table = Callable[[torch.dtype], Any]
+tables = pytest.mark.parametrize("table", [ReferenceOps, lambda dtype: CpuOps(dtype, 2)], ids=["reference", "cpu"])
+
+
+@tables
+@each_dtype
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 7), (1, 33)])
+@torch.inference_mode()
+def test_decoder_equals_the_codec(table: Table, dtype: torch.dtype, batch: int, tokens: int) -> None:
+    codec = random_codec()
+    latents = torch.randn(batch, tokens, 64) * 0.5
+    engine = DecoderEngine(codec, table(dtype), 2)
+    got = engine(latents)
+    for _, arena in engine.pool._idle:
+        arena.block.fill_(0xFF)  # NaN in every dtype
+    assert torch.equal(engine(latents), got)
+    exact = copy.deepcopy(codec).double().decode_features(latents.double())
+    if dtype == torch.float32:
+        return close(got, codec.decode_features(latents), exact)
+    rounded = copy.deepcopy(codec)
+    rounded.decoder.to(dtype)
+    plain = rounded.denormalise(rounded.decoder((latents / codec.latent_scale + codec.latent_mean).to(dtype)))
+    plain[:, :, :2] = torch.minimum(plain[:, :, :2], codec.ceiling)
+    # The features are fp32, so there is no unit of bf16 to spare: 1.2 times torch's error in the mean square.
+    error, torchs = ((x.double() - exact).square().mean().sqrt() for x in (got, plain))
+    assert error <= 1.2 * torchs
+
+
+@tables
+@pytest.mark.parametrize("blocks", [0, 1, 3])
+def test_no_two_live_buffers_of_the_decoder_share_memory(table: Table, blocks: int) -> None:
+    codec = random_codec(CodecConfig(decoder_blocks=blocks, frame_blocks=blocks))
+    ops = table(torch.float32)
+    listed = decoding.buffers(codec, DecoderWeights(codec, ops), 1, 9, ops)
+    offsets = place(listed)
+    assert aliased(listed, offsets) == []
+    assert max(offsets[b.name] + b.size for b in listed) < sum(b.size for b in listed)
+
+
+@tables
+@each_dtype
+@torch.inference_mode()
+def test_text_engine_equals_the_encoder(table: Table, dtype: torch.dtype) -> None:
+    encoder = load_text_encoder()
+    prompts = ["calm piano with warm strings, 84 bpm", "drums", "a " * 200]
+    engine = TextEngine(encoder, table(dtype), 2)
+    got = encoder.encode(prompts, 96, engine)
+    assert torch.equal(encoder.encode(prompts, 96, engine).states, got.states)
+    want = encoder.encode(prompts, 96)
+    ids = torch.tensor([encoder.tokenizer.encode(prompts[0]).ids])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    exact = copy.deepcopy(encoder).double()(ids, mask)
+    plain = copy.deepcopy(encoder).to(dtype)(ids, mask)
+    count = ids.shape[1]
+    error, torchs = ((x.double() - exact).square().mean().sqrt() for x in (got.states[:1, :count], plain))
+    assert error <= 2 * torchs + 1e-6
+    assert torch.equal(got.mask, want.mask)
+    assert (got.pooled - want.pooled).norm() / want.pooled.norm() < (1e-5 if dtype == torch.float32 else 0.01)
+
+
+@torch.inference_mode()
+def test_bf16_decoding_cannot_be_heard() -> None:
+    """The shipped codec on the shipped model's latents, network in bf16 against fp32. Levels: 0.1 dB in the root mean
+    square. Sound: phases are made from the levels and part for a rounding error, so that even 0.01 dB of noise on them
+    gives 0.1 dB of log-mel distance; half of the 1 dB that is just noticeable is the limit.
+    """
+    model = load("nano", device="cpu", threads=2)
+    _, latents = model.generate("calm piano with warm strings, 84 bpm", seconds=6.0, steps=6, seed=3,
+                                return_latents=True)  # fmt: skip
+    plain, rounded = (DecoderEngine(model.codec, CpuOps(dtype, 2), 2) for dtype in DTYPES)
+    levels = (rounded(latents[None]) - plain(latents[None]))[:, :, :2].square().mean().sqrt() * 20 / math.log(10)
+    assert 0 < levels < 0.1
+    distances = measure(*(model.codec.decode(latents[None], network=n)[0].numpy() for n in (plain, rounded)))
+    assert 0 < distances["mel_db"] < 0.5
