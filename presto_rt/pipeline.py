@@ -23,7 +23,7 @@ from .config import HOP, MAX_SECONDS, SAMPLE_RATE, ModelConfig, preset
 from .diffusion.guidance import Guidance, guided
 from .diffusion.precond import precondition
 from .diffusion.samplers import SAMPLERS, sample
-from .diffusion.schedule import Layers, LayerSchedule, karras_levels, parse_layers
+from .diffusion.schedule import Layers, LayerSchedule, parse_layers, sampling_levels
 from .engine import Engine
 from .engine.cpu import CpuOps, unavailable
 from .engine.decoder import DecoderEngine
@@ -207,7 +207,7 @@ class Pipeline:
         how = Guidance(scale, guidance_interval or defaults.guidance_interval, cfg_pp)
         how.check(sampler)
         samples = round(number("seconds", seconds, 0.05, MAX_SECONDS) * SAMPLE_RATE)
-        levels = karras_levels(steps, config.sigma_min, config.sigma_max, config.rho)
+        levels = sampling_levels(sampler, steps, config.sigma_min, config.sigma_max, config.rho)
         schedule = parse_layers(
             defaults.layers if layers is None else layers, config.blocks, levels=levels, saved=self.schedules,
             ladder=(config.sigma_min, config.sigma_max, config.rho),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -70,6 +71,22 @@ def test_untrained_network_is_zero_and_budget_is_an_input() -> None:
     model = random_dit()
     full, half = (model.condition_vector(torch.zeros(2), c, torch.full((2,), b)) for b in (1.0, 0.5))
     assert (full - half).abs().max() > 1e-3
+
+
+def test_the_key_is_heard_where_it_is_decided() -> None:
+    """At high noise; at low noise the latents tell it themselves, and training it there would only add noise."""
+    model, c = DiT(preset("tiny")), condition()
+    torch.nn.init.normal_(model.key.weight)
+
+    def heard(sigma: float) -> float:
+        c_noise = torch.full((2,), math.log(sigma) / 4)
+        with_key, without = (
+            model.condition_sum(c_noise, replace(c, key=key), torch.ones(2)) for key in (torch.ones(2, 24), c.key * 0)
+        )
+        return float((with_key - without).norm())
+
+    assert heard(0.1) < 1e-3 * heard(40.0)
+    assert heard(4.0) == pytest.approx(0.5 * heard(4000.0), rel=1e-3)
 
 
 def test_dropped_text_is_the_null_condition() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from presto_rt.diffusion.precond import coefficients, loss_weight, precondition
+from presto_rt.diffusion.precond import coefficients, loss_weight, precondition, sigma_of
 from presto_rt.errors import InvalidInput
 
 SD = 0.5
@@ -59,6 +59,12 @@ def test_unit_variance_in_and_out(kind: str) -> None:
     target = ((1 - c_skip) ** 2 * SD**2 + c_skip**2 * sigma**2) / c_out**2
     assert torch.allclose(target, torch.ones_like(sigma))
     assert torch.allclose(loss_weight(sigma, SD) * c_out**2, torch.ones_like(sigma))
+
+
+@pytest.mark.parametrize("kind", ["edm", "v", "rf"])
+def test_the_level_follows_from_the_time(kind: str) -> None:
+    sigma = torch.logspace(-2.7, 1.9, 20, dtype=torch.float64)
+    assert torch.allclose(sigma_of(coefficients(sigma, kind, SD)[3], kind, SD), sigma)
 
 
 def test_unknown_kind() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from presto_rt.diffusion.schedule import (
     LayerSchedule,
     budget_schedule,
+    few_step_levels,
     inference_levels,
     karras_levels,
     keep_last,
@@ -36,8 +37,16 @@ def test_levels_fall_to_zero(steps: int, rho: float) -> None:
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, True, "4", None])
 def test_bad_steps(steps: object) -> None:
-    with pytest.raises(InvalidInput, match="steps"):
-        karras_levels(steps)
+    for ladder in (karras_levels, few_step_levels):
+        with pytest.raises(InvalidInput, match="steps"):
+            ladder(steps)
+
+
+def test_few_steps_leave_out_the_level_where_nothing_changes() -> None:
+    assert few_step_levels(1) == [80.0, 0.0]
+    four = few_step_levels(4, 0.002, 80.0, 7.0)
+    assert four[:-1] == karras_levels(5, 0.002, 80.0, 7.0)[:4]
+    assert four[-2:] == [pytest.approx(0.167, abs=0.01), 0.0]
 
 
 def test_training_levels_are_log_normal() -> None:

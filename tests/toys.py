@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from presto_rt.diffusion.precond import loss_weight, precondition
 from presto_rt.diffusion.samplers import Denoised, heun, sample
-from presto_rt.diffusion.schedule import inference_levels, karras_levels, training_levels
+from presto_rt.diffusion.schedule import few_step_levels, inference_levels, karras_levels, training_levels
 from presto_rt.distill.steps import StepDistillation, StepLosses
 
 SD, LOW, HIGH, RHO = 0.5, 0.02, 10.0, 7.0
@@ -143,7 +143,7 @@ def few_step_samples(toy: Toy, steps: int, count: int = 8_000) -> Tensor:
         x0 = toy.generate(x, torch.full((count,), sigma), None)
         return Denoised(x0, x0)
 
-    return sample("few_step", denoise, HIGH * noise(0), karras_levels(steps, LOW, HIGH, RHO), noise)
+    return sample("few_step", denoise, HIGH * noise(0), few_step_levels(steps, LOW, HIGH, RHO), noise)
 
 
 def teacher_samples(mixture: Mixture, count: int = 8_000) -> Tensor:

@@ -44,6 +44,15 @@ def coefficients(sigma: Tensor, network: str, sigma_data: float) -> Coefficients
     raise InvalidInput(f'unknown network kind {network!r}; there are "edm", "v" and "rf"')
 
 
+def sigma_of(time: Tensor, network: str, sigma_data: float) -> Tensor:
+    """The noise level that a network of this kind is told as `time`: the inverse of `coefficients`."""
+    if network == "edm":
+        return (4 * time).exp()
+    if network == "v":
+        return sigma_data * torch.tan(time * (math.pi / 2))
+    return time / (1 - time)
+
+
 def precondition(
     network: Callable[..., Tensor], x: Tensor, sigma: Tensor, *args: object, kind: str, sigma_data: float
 ) -> Tensor:

@@ -19,13 +19,16 @@ from torch import Tensor
 
 from ..errors import InvalidInput
 
+# p(s_train), ln sigma ~ N(P_MEAN, P_STD^2). EDM2's (-0.4, 1) has only 4 % above sigma 4, where everything is decided
+# that changes slowly over a clip: see docs/training.md.
+P_MEAN, P_STD = 0.4, 1.4
+
 
 def karras_levels(
     steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, end_at_zero: bool = True
 ) -> list[float]:
     """`steps` noise levels from sigma_max down to sigma_min, then 0.0 (the list has steps + 1 entries)."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InvalidInput(f"steps must be a whole number of at least 1, not {steps!r}")
+    _check_steps(steps)
     return inference_levels(torch.linspace(0, 1, max(steps, 2), dtype=torch.float64)[:steps], sigma_min, sigma_max,
                             rho).tolist() + [0.0] * end_at_zero  # fmt: skip
 
@@ -36,7 +39,28 @@ def inference_levels(u: Tensor, sigma_min: float, sigma_max: float, rho: float) 
     return (high + u * (low - high)) ** rho
 
 
-def training_levels(u: Tensor, mean: float = -0.4, std: float = 1.0) -> Tensor:
+def few_step_levels(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> list[float]:
+    """`steps` noise levels at u = i / steps of the ladder, then 0.0, for the few-step sampler.
+
+    Unlike `karras_levels` it leaves out sigma_min: a generator asked there has nothing left to change, and of four
+    steps every one counts.
+    """
+    _check_steps(steps)
+    return [*karras_levels(steps + 1, sigma_min, sigma_max, rho, end_at_zero=False)[:-1], 0.0]
+
+
+def _check_steps(steps: int) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise InvalidInput(f"steps must be a whole number of at least 1, not {steps!r}")
+
+
+def sampling_levels(sampler: str, steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
+    """The ladder that a sampler walks down, 0.0 at its end."""
+    ladder = few_step_levels if sampler == "few_step" else karras_levels
+    return ladder(steps, sigma_min, sigma_max, rho)
+
+
+def training_levels(u: Tensor, mean: float = P_MEAN, std: float = P_STD) -> Tensor:
     """p(s_train): ln sigma ~ N(mean, std^2), from uniform u in (0, 1) (stratify u for lower variance)."""
     return (mean + std * torch.special.ndtri(u)).exp()
 

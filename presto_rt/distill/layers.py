@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.precond import loss_weight, precondition
-from ..diffusion.schedule import LayerSchedule, budget_schedule, training_levels
+from ..diffusion.schedule import P_MEAN, P_STD, LayerSchedule, budget_schedule, training_levels
 from ..errors import InvalidInput
 from ..models.dit import Condition, DiT, drop_text
 from ..training.base import draw_batch, held_out_error
@@ -46,6 +46,7 @@ class LayerDistillation:
     ema_decay: float = 0.998
     clip: float = 1.0
     checkpoint_minutes: float = 3.0
+    compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,7 +90,7 @@ class LayerTrainer(Distiller):
         self.modules = {"model": self.model}
         self.optimizers = {"model": adamw(self.model, options.learning_rate, (0.9, 0.98), 0.0)}
         self.budgets = [self.schedule(share) for share in options.budgets]
-        compile_blocks(self.model)
+        compile_blocks(self.model, always=options.compile)
 
     def schedules(self) -> dict[str, LayerSchedule]:
         return {f"{share:.0%}": self.schedule(share) for share in self.options.budgets}
@@ -135,7 +136,7 @@ class LayerTrainer(Distiller):
         bounds = [0.0] + [upper for upper, _ in schedule.rows]
         row = next(i for i, upper in enumerate(bounds[1:]) if float(first) <= upper)
         ends = torch.tensor([max(bounds[row], 1e-6), min(bounds[row + 1], 1e6)]).log()
-        low, high = torch.special.ndtr((ends + 0.4) / 1.0).clamp(1e-4, 1 - 1e-4).tolist()
+        low, high = torch.special.ndtr((ends - P_MEAN) / P_STD).clamp(1e-4, 1 - 1e-4).tolist()
         levels = training_levels(low + (high - low) * self.uniforms(count))
         return levels.clamp(bounds[row] * (1 + 1e-6), bounds[row + 1] * (1 - 1e-6))  # rounding must not change the row
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..diffusion.schedule import inference_levels, karras_levels, training_levels
+from ..diffusion.schedule import few_step_levels, inference_levels, training_levels
 from ..errors import InvalidInput
 
 
@@ -23,13 +23,13 @@ def check_levels(name: str) -> None:
     raise InvalidInput(f'noise levels are "train", "inference" or "ladder:STEPS", not {name!r}')
 
 
-def draw_levels(name: str, u: Tensor, config: ModelConfig, mean: float = -0.4, std: float = 1.0) -> Tensor:
+def draw_levels(name: str, u: Tensor, config: ModelConfig) -> Tensor:
     """Noise levels from uniform numbers u (B,) in (0, 1)."""
     check_levels(name)
     if name == "train":
-        return training_levels(u, mean, std).clamp(config.sigma_min, config.sigma_max)
+        return training_levels(u).clamp(config.sigma_min, config.sigma_max)
     if name == "inference":
         return inference_levels(u, config.sigma_min, config.sigma_max, config.rho)
     steps = int(name.partition(":")[2])
-    ladder = torch.tensor(karras_levels(steps, config.sigma_min, config.sigma_max, config.rho)[:-1], device=u.device)
+    ladder = torch.tensor(few_step_levels(steps, config.sigma_min, config.sigma_max, config.rho)[:-1], device=u.device)
     return ladder[(u * steps).long().clamp_max(steps - 1)]

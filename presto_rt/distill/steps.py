@@ -67,6 +67,7 @@ class StepDistillation:
     gan_weight: float = 0.1
     consistency: bool = False
     guidance: float = 2.0
+    guidance_interval: tuple[float, float] = (0.0, 3.0)
     fake_updates: int = 5
     fake_told: bool = True
     fake_layers: bool = False
@@ -81,6 +82,7 @@ class StepDistillation:
     ema_decay: float = 0.99
     clip: float = 1.0
     checkpoint_minutes: float = 3.0
+    compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -239,7 +241,7 @@ class StepTrainer(Distiller):
         }
         self.losses = StepLosses(self, options, self.levels, self.gaussian, c.sigma_data,
                                  (c.sigma_min, c.sigma_max, c.rho))  # fmt: skip
-        compile_blocks(self.teacher, self.model, self.fake_model)
+        compile_blocks(self.teacher, self.model, self.fake_model, always=options.compile)
 
     def sampling(self) -> dict[str, Any]:
         layers = {} if self.budget == "100%" else {"layers": self.budget}
@@ -256,10 +258,14 @@ class StepTrainer(Distiller):
         return self.scheduled(self.model, x, sigma, condition)
 
     def real(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """mu_real: the guided teacher, full depth, both branches in one batch."""
+        """mu_real: the teacher, full depth, guided at the levels where its own sampling is; both branches in one
+        batch."""
+        o = self.options
+        low, high = o.guidance_interval
+        scale = torch.where((sigma >= low) & (sigma <= high), o.guidance, 1.0)[:, None, None]
         doubled = condition.cat(self.teacher.null(condition))
         d_c, d_u = self.denoise(self.teacher, torch.cat([x, x]), torch.cat([sigma, sigma]), doubled).chunk(2)
-        return d_u + self.options.guidance * (d_c - d_u)
+        return d_u + scale * (d_c - d_u)
 
     def fake(self, x: Tensor, sigma: Tensor, condition: Condition, origin: Tensor) -> Tensor:
         """mu_fake, told s_g."""

@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..diffusion.precond import sigma_of
 from ..keys import KEY_CHANNELS
 
+KEY_SIGMA = 4.0  # the key is decided above; below it is in the latents themselves
 BEAT_CHANNELS = 5  # sin, cos of beat phase; sin, cos of bar phase; 1 where a tempo is given
 
 
@@ -207,7 +209,10 @@ class DiT(nn.Module):
         vector = self.noise(fourier(c_noise, 256).to(dtype))
         vector = vector + self.length(fourier(condition.seconds.clamp_min(0.1).log() / 5, 256).to(dtype))
         vector = vector + self.budget(fourier(budget, 256).to(dtype))
-        return vector + self.pooled(condition.pooled.to(dtype)) + self.key(condition.key.to(dtype))
+        # Only where it matters, or else its few useful gradients drown in the noise of all others.
+        sigma = sigma_of(c_noise.float(), self.config.network, self.config.sigma_data)
+        gate = (1 / (1 + (KEY_SIGMA / sigma) ** 2))[:, None]
+        return vector + self.pooled(condition.pooled.to(dtype)) + self.key((gate * condition.key).to(dtype))
 
     def null(self, like: Condition) -> Condition:
         """The condition with its text and key dropped: the unconditional branch of guidance."""

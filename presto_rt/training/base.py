@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import ModelConfig, preset
 from ..diffusion.precond import loss_weight, precondition
-from ..diffusion.schedule import LayerSchedule, training_levels
+from ..diffusion.schedule import P_MEAN, P_STD, LayerSchedule, training_levels
 from ..errors import InvalidInput
 from ..models.dit import Condition, DiT, drop_text
 from .common import Ema
@@ -41,8 +41,8 @@ class BaseTraining:
     frames: tuple[tuple[int, float], ...] = ((128, 0.5), (256, 0.25), (689, 0.2), (1_378, 0.05))
     text_dropout: float = 0.1
     control_dropout: float = 0.3
-    p_mean: float = 0.4
-    p_std: float = 1.4
+    p_mean: float = P_MEAN
+    p_std: float = P_STD
     slow_weight: float = 0.2
     ema_decay: float = 0.998
     clip: float = 1.0
