@@ -245,6 +245,7 @@ def _add_train(commands: Any) -> None:
     p = jobs.add_parser("pack", help="put a trained codec and base model into one weights folder")
     p.add_argument("output", help="the weights folder to write")
     p.add_argument("--codec", default="runs/codec", help="the codec's run folder, or a model whose codec is taken")
+    p.add_argument("--share-codec", action="store_true", help="leave the codec's files in --codec's weights folder")
     p.add_argument("--base", default="runs/base", help="the run folder of the base or a distilled model")
     p.add_argument("--quality", metavar="FILE", help="JSON list of plans' figures: steps, layers, kid")
     p.add_argument("--defaults", default="{}", help="sampling defaults as JSON: steps, sampler, guidance, ...")
@@ -283,7 +284,7 @@ def _pack(a: argparse.Namespace) -> None:
         quality = json.loads(Path(a.quality).read_text()) if a.quality else []
     except (OSError, ValueError) as error:
         raise InvalidInput(f"--defaults or --quality is no JSON: {error}") from error
-    pack(a.output, codec_run=a.codec, base_run=a.base, defaults=defaults, quality=quality)
+    pack(a.output, codec_run=a.codec, base_run=a.base, defaults=defaults, quality=quality, share_codec=a.share_codec)
     print(f"wrote {a.output}")
 
 

@@ -65,3 +65,20 @@ def test_unwritable_target(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
         weights.save(tmp_path / "file" / "m", {}, {"dit": {"w": torch.ones(1)}})
+
+
+def test_two_models_share_a_codec(tmp_path: Path) -> None:
+    """The second holds no copy, is checked against the same hashes, and the pair can be moved together."""
+    first = write_tiny_model(tmp_path / "here" / "a")
+    own = weights.load(first)
+    weights.save(tmp_path / "here" / "b", own.config, {"dit": own.parts["dit"]}, shared={"codec": first})
+    assert not list((tmp_path / "here" / "b").glob("codec-*"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    both = weights.load(tmp_path / "there" / "b")
+    assert both.parts.keys() == {"dit", "codec"}
+    assert all(torch.equal(both.parts["codec"][k], v) for k, v in own.parts["codec"].items())
+    next((tmp_path / "there" / "a").glob("codec-*")).unlink()
+    with pytest.raises(WeightsError, match=r"a/codec-.*missing"):
+        weights.load(tmp_path / "there" / "b")
+    with pytest.raises(WeightsError, match="of its own"):
+        weights.save(tmp_path / "c", {}, {}, shared={"codec": tmp_path / "there" / "b"})

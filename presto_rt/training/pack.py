@@ -15,19 +15,23 @@ from .loop import part
 
 
 def pack(output: str | Path, *, codec_run: str | Path, base_run: str | Path, defaults: dict[str, Any],
-         quality: list[dict[str, Any]] | None = None) -> None:  # fmt: skip
+         quality: list[dict[str, Any]] | None = None, share_codec: bool = False) -> None:  # fmt: skip
     """Write `output` from a codec and the averaged weights of a training or distillation run.
 
     codec_run: a codec run's folder, or a weights folder or shipped model whose codec is taken over; base_run: a
     run's folder, or a weights folder (`pack_network`'s). The codec's
     matrices as float16, in which the data set was encoded; the transformer's as bfloat16. defaults: sampling settings
     that `presto_rt.pipeline.Defaults` knows, over those that the run itself names; its layer schedules go along.
-    quality: measured figures of plans, which `deadline_ms` goes by. Raises InvalidInput, WeightsError or OutputError.
+    quality: measured figures of plans, which `deadline_ms` goes by. share_codec: leave the codec's files in the
+    weights folder `codec_run`, for both. Raises InvalidInput, WeightsError or OutputError.
     """
     codec_config, codec = _codec(codec_run)
     dit, config = _network(base_run)
     config |= {"codec": codec_config, "defaults": {**config["defaults"], **defaults}, "quality": quality or []}
-    weights.save(output, config, {"dit": dit, "codec": codec})
+    if share_codec:
+        weights.save(output, config, {"dit": dit}, shared={"codec": codec_run})
+    else:
+        weights.save(output, config, {"dit": dit, "codec": codec})
 
 
 def pack_network(output: str | Path, run: str | Path) -> None:

@@ -4,6 +4,8 @@ config.json   {"format": 1, "model": {...}, "codec": {...}, "defaults": {...}, "
                "layers": {"70%": schedule, ...}, "quality": [{"steps", "layers", "kid"}, ...],
                "files": {"dit-00001.safetensors": {"sha256": ..., "bytes": ...}, ...}}
 <part>-NNNNN.safetensors   tensors of one part ("dit", "codec"), named as in `presto_rt.models`
+
+A file's name may lead into a folder beside ("../nano/codec-00001.safetensors"): two models then share that part.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ def load(name_or_folder: str | os.PathLike[str]) -> Weights:
         if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
             raise WeightsError(f"{path} is damaged (its SHA-256 differs from config.json); restore it")
         try:
-            weights.parts.setdefault(name.rpartition("-")[0], {}).update(load_bytes(data))
+            weights.parts.setdefault(Path(name).name.rpartition("-")[0], {}).update(load_bytes(data))
         except SafetensorError as error:
             raise WeightsError(f"{path} is no safetensors file ({error}); restore it") from error
     return weights
@@ -89,10 +91,12 @@ def narrow(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {k: v.to(dtype) if v.is_floating_point() and v.dim() > 1 else v for k, v in tensors.items()}
 
 
-def save(folder: str | os.PathLike[str], config: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> None:
+def save(folder: str | os.PathLike[str], config: dict[str, Any], parts: dict[str, dict[str, Tensor]],
+         shared: dict[str, str | os.PathLike[str]] | None = None) -> None:  # fmt: skip
     """Write a weights folder, each tensor in its own dtype.
 
-    A new folder is written beside the old one and renamed over it. Raises OutputError.
+    shared: parts that are not written but taken from another weights folder or shipped model. A new folder is written
+    beside the old one and renamed over it. Raises OutputError; WeightsError where a shared part is not there.
     """
     from safetensors.torch import save as to_bytes
 
@@ -100,6 +104,8 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], parts: dict[str
     fresh = target.with_name(target.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     files: dict[str, dict[str, Any]] = {}
+    for part, source in (shared or {}).items():
+        files |= _borrowed(part, locate(source), target)
     try:
         fresh.mkdir(parents=True)
         for part, tensors in parts.items():
@@ -116,6 +122,16 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], parts: dict[str
         fresh.rename(target)
     except OSError as error:
         raise OutputError(f"cannot write weights to {target}: {error.strerror or error}") from error
+
+
+def _borrowed(part: str, source: Path, target: Path) -> dict[str, dict[str, Any]]:
+    """The file table of a part that lies in `source`, as `target` names it."""
+    table = json.loads((source / "config.json").read_text())["files"]
+    lead = Path(os.path.relpath(source.resolve(), target.resolve()))
+    found = {(lead / name).as_posix(): entry for name, entry in table.items() if name.startswith(f"{part}-")}
+    if not found:
+        raise WeightsError(f"{source} has no part {part!r} of its own to share")
+    return found
 
 
 def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
