@@ -36,9 +36,11 @@ def main() -> None:
     parser.add_argument("--data", default="data")
     parser.add_argument("--count", type=int, default=200, help="held-out captions")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each clip")
+    parser.add_argument("--dtype", default="auto", help="another than auto is part of the file's name")
     a = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    model, name = load(a.model), Path(a.model).name
+    model = load(a.model, dtype=a.dtype)
+    name = Path(a.model).name + ("" if a.dtype == "auto" else f"-{a.dtype}")
     plan = model.plan(a.seconds)
     result = evaluate_model(model, a.data, a.count, a.seconds, Path("runs") / f"quality-{name}")
     result["denoising"] = [asdict(row) for row in model_errors(model, a.data)]
