@@ -1,7 +1,8 @@
 """The engine: a request's plan, run over fused operators and static buffers. See docs/engine.md.
 
 `Engine` is a transformer made ready for one backend. A plan (plan.py) holds everything that is known before the first
-step; forward.py executes it over a table of operators: reference.py in torch, cpu.py in C++ and oneDNN.
+step; forward.py executes it over a table of operators: reference.py in torch, cpu.py in C++ and oneDNN, cuda.py in Triton; graph.py records all of a
+request as one CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,8 +23,17 @@ from .trajectory import Evaluation
 KEPT = 4  # memories of different shapes that an engine keeps for the next request
 
 
+def device_of(ops: Ops) -> torch.device:
+    """Where a table of operators computes."""
+    return torch.device(getattr(ops, "device", "cpu"))
+
+
 def pack_weights(dit: DiT, ops: Ops) -> Weights:
-    """The network's weights as the table of operators wants them; norm weights stay fp32."""
+    """The network's weights as the table of operators wants them, on its device; norm weights stay fp32."""
+    device = device_of(ops)
+
+    def norm(layer: torch.nn.Module) -> Tensor:
+        return layer.weight.detach().to(device, torch.float32, copy=True)
 
     def linear(layer: torch.nn.Linear) -> object:
         return ops.pack(layer.weight.float(), None if layer.bias is None else layer.bias.float())
@@ -31,8 +41,8 @@ def pack_weights(dit: DiT, ops: Ops) -> Weights:
     layers = tuple(
         Layer(
             *(linear(getattr(b, name)) for name in ("qkv", "out", "cross_q", "cross_out", "up", "down")),
-            (b.q_norm.weight.detach().float().clone(), b.k_norm.weight.detach().float().clone()),
-            b.cross_q_norm.weight.detach().float().clone(),
+            (norm(b.q_norm), norm(b.k_norm)),
+            norm(b.cross_q_norm),
         )
         for b in dit.blocks
     )
@@ -49,7 +59,8 @@ class Engine:
     def __init__(self, dit: DiT, ops: Ops, threads: int | None = None) -> None:
         self.ops = ops
         self.threads = torch.get_num_threads() if threads is None else threads
-        self.planner = Planner(dit)
+        self.device = device_of(ops)
+        self.planner = Planner(dit, self.device)
         self.weights = pack_weights(dit, ops)
         self._lock = threading.Lock()
         self._idle: list[tuple[tuple[int, ...], Memory]] = []
@@ -73,7 +84,7 @@ class Engine:
         with self._lock:
             at = next((i for i, (key, _) in enumerate(self._idle) if key == shape), None)
             found = None if at is None else self._idle.pop(at)[1]
-        memory = found or Memory(plan, self.ops)
+        memory = found or Memory(plan, self.ops, self.device)
         try:
             yield memory
         finally:
