@@ -13,7 +13,7 @@ from toys import MIXTURES, Toy, distil, energy_distance, errors, few_step_sample
 from presto_rt.distill.steps import settings
 
 #: generator updates
-UPDATES = {1: 400, 2: 800}
+UPDATES = {1: 500, 2: 800}
 LOST = 0.04  # error of a mode's weight
 FAR = 0.007  # energy distance beyond the teacher's
 
