@@ -273,6 +273,7 @@ class GraphEngine:
                 self._free.notify()
 
 
+@torch.inference_mode()
 def poison(entry: Entry) -> None:
     """Fills everything that a replay is to write, and the device's copy of what it reads, with NaN: for tests."""
     arenas: list[Arena] = [entry.inputs.device, entry.outputs.device, entry.outputs.host]

@@ -25,9 +25,9 @@ KEY_CHANNELS = 24
 
 
 def bucket(frames: int) -> int:
-    """The latent frames of the graph that clips of `frames` latent frames run in: a multiple of 32 up to 256, of 64 up
+    """The latent frames of the graph that clips of `frames` latent frames run in: a multiple of 32 up to 512, of 64 up
     to 1024 (48 s), of 128 beyond. At most 32 frames are wasted up to 12 s, and 13 % beyond."""
-    step = 32 if frames <= 256 else 64 if frames <= 1024 else 128
+    step = 32 if frames <= 512 else 64 if frames <= 1024 else 128
     return -(-frames // step) * step
 
 
