@@ -1,13 +1,12 @@
 """How fast is a CPU? `python bench/cpu.py [--model nano | --random nano] [--seconds 32] [--repeats 20]`
 
 One process, one set of weights, one plan: the denoising trajectory by eager torch in fp32 and bf16, by torch.compile
-with freezing in both, and by the engine in both, interleaved so that a busy moment meets all of them; then the stages
-of a whole clip, one thread against two, the machine's own rates and the roofline that follows. `--micro`
-times each C++ operator against torch and against copying as many bytes. Medians; wall clock; nothing is left out when
-ours is slower.
+with freezing in both, by ONNX Runtime and OpenVINO where they are installed, and by the engine in fp32, bf16 and with
+int8 products, interleaved so that a busy moment meets all of them; with one thread and with all. Then the codec's
+network and the text encoder by eager torch and by the engine, the stages of a whole clip, the machine's own rates and
+the roofline that follows. Medians; wall clock; nothing is left out when ours is slower.
 
-ONNX Runtime and OpenVINO are not rows: a trajectory would be exported layer schedule by layer schedule, and OpenVINO is
-no dependency of this project.
+bench/operators.py times the operators one by one; bench/clips.py whole clips in processes of their own.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from results import save, spread, table
+from runtimes import FIELDS, others
 from torch import Tensor
 
 from presto_rt import native
 from presto_rt.config import preset
-from presto_rt.engine.cpu import GELU_TANH, CpuOps, pack
+from presto_rt.engine.cpu import pack, pack_int8
 from presto_rt.engine.plan import block_cost, plan_cost
 from presto_rt.engine.threads import limited
 from presto_rt.engine.trajectory import write_out
 from presto_rt.models.codec import Codec
-from presto_rt.models.codec_features import SpectralFrames
-from presto_rt.models.dit import DiT, rotary_table
+from presto_rt.models.dit import DiT
 from presto_rt.pipeline import Pipeline, load
+from presto_rt.text import load_text_encoder
 
 PROMPT = "calm piano with warm strings, 84 bpm"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -56,172 +55,106 @@ def interleaved(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str
     return {name: spread(values) for name, values in times.items()}
 
 
-def pipelines(a: argparse.Namespace, threads: int) -> dict[str, Pipeline]:
-    """The same weights as eager torch and as engine, in both dtypes; the engine on `threads` threads."""
-
-    def made(dtype: str, backend: str) -> Pipeline:
-        if a.random is None:
-            name = str(DTYPES[dtype]).removeprefix("torch.")
-            return load(a.model, device="cpu", dtype=name, backend=backend, threads=threads)
-        torch.manual_seed(0)
-        dit = DiT(preset(a.random))
-        for p in dit.parameters():
-            torch.nn.init.normal_(p, std=0.03)
-        return Pipeline(
-            dit,
-            Codec(),
-            device=torch.device("cpu"),
-            dtype=DTYPES[dtype],
-            backend=backend,
-            threads=threads,
-            name=f"{a.random} (random)",
-        )
-
-    return {
-        f"{name} {dtype}": made(dtype, backend)
-        for name, backend in (("eager", "torch"), ("ours", "cpu"))
-        for dtype in DTYPES
-    }
+def pipeline(a: argparse.Namespace, threads: int, dtype: str, backend: str) -> Pipeline:
+    """The same weights as eager torch ("torch") or as engine ("cpu") on `threads` threads; dtype fp32, bf16, int8."""
+    if a.random is None:
+        name = dtype if dtype == "int8" else str(DTYPES[dtype]).removeprefix("torch.")
+        return load(a.model, device="cpu", dtype=name, backend=backend, threads=threads)
+    torch.manual_seed(0)
+    dit = DiT(preset(a.random))
+    for p in dit.parameters():
+        torch.nn.init.normal_(p, std=0.03)
+    return Pipeline(dit, Codec(), device=torch.device("cpu"), dtype=DTYPES.get(dtype, torch.bfloat16), backend=backend,
+                    threads=threads, name=f"{a.random} (random)", int8=dtype == "int8")  # fmt: skip
 
 
-def trajectories(models: dict[str, Pipeline], a: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
-    """The denoising of one plan by each way, on equal inputs."""
-    first = next(iter(models.values()))
+def trajectories(a: argparse.Namespace, threads: int) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """The denoising of one plan by each way, on equal inputs, and why some are missing."""
+    ways: dict[str, Callable[[], Tensor]] = {}
+    first = pipeline(a, threads, "fp32", "torch")
     plan = first.plan(a.seconds, steps=a.steps, sampler=a.sampler, guidance=a.guidance)
     condition = first._condition(plan, [PROMPT], [84.0], [None])
-    ways: dict[str, Callable[[], Tensor]] = {}
-    for name, model in models.items():
+
+    def add(name: str, model: Pipeline) -> None:
         other = model.dit.null(condition)
-        ways[name] = lambda model=model, other=other: model.denoise(plan, condition, other, [1])
+        ways[name] = lambda: model.denoise(plan, condition, other, [1])
+
+    add("eager fp32", first)
+    add("eager bf16", pipeline(a, threads, "bf16", "torch"))
+    for dtype in ("fp32", "bf16", "int8"):
+        add(f"ours {dtype}", pipeline(a, threads, dtype, "cpu"))
+    missing: dict[str, str] = {}
     if a.compile:
         import torch._inductor.config as inductor
 
         inductor.freezing = True
         for dtype in DTYPES:
-            model = pipelines(a, 1)[f"eager {dtype}"]
+            model = pipeline(a, threads, dtype, "torch")
             model.dit.forward = torch.compile(model.dit.forward)
-            other = model.dit.null(condition)
-            ways[f"compiled {dtype}"] = lambda model=model, other=other: model.denoise(plan, condition, other, [1])
-    return ways
+            add(f"compiled {dtype}", model)
+    if a.others and a.guidance == 1.0:
+        example = (torch.randn(1, plan.frames, first.config.latent_channels), torch.zeros(1),
+                   *(getattr(condition, name) for name in FIELDS))  # fmt: skip
+        for name, network in others(first.dit, example, threads).items():
+            if isinstance(network, str):
+                missing[name] = network
+            else:
+                model = pipeline(a, threads, "fp32", "torch")
+                model.dit.forward = network
+                add(name, model)
+    return ways, missing
+
+
+def networks(a: argparse.Namespace, threads: int) -> dict[str, dict[str, Callable[[], object]]]:
+    """The codec's decoder and the text encoder, by eager torch in fp32 (what ran before) and bf16 and by the engine."""
+    ours, encoder = pipeline(a, threads, "bf16", "cpu"), load_text_encoder()
+    latents = torch.randn(1, ours.plan(a.seconds).frames, ours.config.latent_channels) * 0.5
+    narrow = pipeline(a, threads, "bf16", "torch").codec
+    narrow.decoder.bfloat16()
+    ids = torch.tensor([encoder.tokenizer.encode(PROMPT).ids])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    ours._encode([PROMPT])
+    return {
+        "codec's decoder network": {
+            "eager fp32": lambda: ours.codec.decode_features(latents),
+            "eager bf16": lambda: narrow.decoder((latents / narrow.latent_scale + narrow.latent_mean).bfloat16()),
+            "ours bf16": lambda: ours.decoder(latents),
+        },
+        "text encoder": {"eager fp32": lambda: encoder(ids, mask), "ours bf16": lambda: ours._text(ids, mask)},
+    }
 
 
 def rates(threads: int) -> dict[str, float]:
-    """The machine's own: products in GFLOP/s in both dtypes, copying in GB/s of bytes read and written."""
+    """The machine's own: products in G operations a second in each dtype, copying in GB/s of bytes read and written."""
     out = {}
+    rows, inputs, outputs = 689, 1024, 4096
     with limited(threads), torch.inference_mode():
+        work = 2 * rows * inputs * outputs / 1e9
         for name, dtype in DTYPES.items():
-            x, product = torch.randn(689, 1024).to(dtype), pack(torch.randn(4096, 1024), None, dtype)
-            out[f"{name} GFLOP/s"] = (
-                2 * 689 * 1024 * 4096 / min(timed(lambda x=x, p=product: p(x)) for _ in range(20)) / 1e9
-            )
+            x, product = torch.randn(rows, inputs).to(dtype), pack(torch.randn(outputs, inputs), None, dtype)
+            out[f"{name} GFLOP/s"] = work / min(timed(lambda x=x, p=product: p(x)) for _ in range(20))
+        x, narrow = (
+            torch.randint(-127, 128, (rows, inputs), dtype=torch.int8),
+            pack_int8(torch.randn(outputs, inputs), None),
+        )
+        out["int8 Gop/s"] = work / min(timed(lambda: narrow(x, torch.bfloat16)) for _ in range(20))
         source, target = torch.ones(64 << 18), torch.empty(64 << 18)
         out["copy GB/s"] = 8 * source.numel() / min(timed(lambda: target.copy_(source)) for _ in range(20)) / 1e9
     return out
 
 
-def operators(threads: int, tokens: int) -> list[tuple[str, Callable[[], object], Callable[[], object], int]]:
-    """Name, ours, torch and bytes moved (each input read once, each output written once), in bf16 at nano's shapes."""
-    ops, dtype, heads, dim = CpuOps(torch.bfloat16, threads), torch.bfloat16, 6, 64
-    width = heads * dim
-    residual, rows = torch.randn(1, tokens, width), torch.randn(1, 3, width)
-    branch, out = torch.randn(1, tokens, width).to(dtype), torch.empty(1, tokens, width, dtype=dtype)
-    qkv, angles, ones = torch.randn(1, tokens, 3 * width).to(dtype), rotary_table(tokens, dim), torch.ones(dim)
-    q, k = (torch.randn(1, heads, tokens, dim).to(dtype) for _ in range(2))
-    v, hidden = q.clone(), torch.randn(1, tokens, 4 * width).to(dtype)
-    text = torch.randn(1, heads, 20, dim).to(dtype)
-    lengths, scratch = (
-        torch.tensor([20], dtype=torch.int32),
-        torch.empty(ops.scratch_bytes(1, heads, tokens, dim), dtype=torch.uint8),
-    )
-    x, history, update = torch.randn(1, tokens, 64), torch.zeros(1, tokens, 64), torch.randn(9)
-    raw, network_input = torch.randn(1, tokens, 64).to(dtype), torch.empty(1, tokens, 64, dtype=dtype)
-    frames = SpectralFrames(2500.0)
-    features = torch.randn(1, 4 * tokens, 3, frames.bands) - 4.0
-
-    def norm_torch() -> Tensor:
-        r = residual + rows[:, 0] * branch.float()
-        return (F.layer_norm(r, (width,), eps=1e-6) * (1 + rows[:, 2]) + rows[:, 1]).to(dtype)
-
-    def rope_torch() -> Tensor:
-        part = F.rms_norm(qkv.unflatten(-1, (3, heads, dim)).permute(2, 0, 3, 1, 4)[:2].float(), (dim,))
-        first, second = part.chunk(2, -1)
-        return torch.cat([first * angles[0] - second * angles[1], second * angles[0] + first * angles[1]], -1).to(dtype)
-
-    def cross_torch() -> Tensor:
-        normed = F.rms_norm(branch.unflatten(-1, (heads, dim)).transpose(1, 2).float(), (dim,)).to(dtype)
-        return F.scaled_dot_product_attention(normed, text, text)
-
-    cell = tokens * width
-    return [
-        (
-            "gate, residual, norm, modulate",
-            lambda: ops.residual_norm_modulate(residual, branch, rows, 0, 1, 2, residual.clone(), out),
-            norm_torch,
-            12 * cell,
-        ),
-        (
-            "QK-norm and rotary positions",
-            lambda: ops.qk_norm_rope(qkv, angles, (ones, ones), q, k),
-            rope_torch,
-            8 * cell,
-        ),
-        (
-            "attention",
-            lambda: ops.attention(q, k, v, scratch, out),
-            lambda: F.scaled_dot_product_attention(q, k, v),
-            8 * cell,
-        ),
-        (
-            "cross-attention, 20 keys",
-            lambda: ops.cross_attention(branch, text, text, ones, lengths, scratch, out),
-            cross_torch,
-            4 * cell,
-        ),
-        (
-            "tanh GELU",
-            lambda: ops.activation(hidden, GELU_TANH, hidden.clone()),
-            lambda: F.gelu(hidden, approximate="tanh"),
-            16 * cell,
-        ),
-        (
-            "sampler step",
-            lambda: ops.step(x, history, raw, None, None, update, 1, network_input),
-            lambda: x * 0.5 + raw.float() * 0.5,
-            20 * tokens * 64,
-        ),
-        (
-            "spectra to samples, 2 Griffin-Lim",
-            lambda: frames.synthesise(features, 2),
-            lambda: frames.synthesise_torch(features, 2),
-            4 * (features.numel() + 4096 * tokens),
-        ),
-    ]
-
-
-def micro(a: argparse.Namespace) -> list[Row]:
-    """Each C++ operator beside torch, and the share of copying speed that it reaches."""
-    out = []
-    with limited(a.threads), torch.inference_mode():
-        copy = rates(a.threads)["copy GB/s"]
-        for name, ours, plain, moved in operators(a.threads, a.tokens):
-            seconds = interleaved({"ours": ours, "torch": plain}, a.repeats)
-            speed = moved / seconds["ours"]["median"] / 1e9
-            out.append({"operator": name, "seconds": seconds, "gb_per_s": speed, "of_copy": speed / copy})
-    return out
-
-
 def whole(a: argparse.Namespace) -> Row:
-    """Trajectories by turns, one thread and all, stages of a clip, memory, and the floor that the plan's counts
-    give."""
-    models = pipelines(a, a.threads)
-    ours = models["ours bf16"]
-    plan = ours.plan(a.seconds, steps=a.steps, sampler=a.sampler, guidance=a.guidance)
+    """Trajectories and networks by turns with one thread and with all, stages of a clip, and the floor that the plan's
+    counts give."""
+    scaling, parts, missing = {}, {}, {}
     with torch.inference_mode():
-        scaling = {}
         for threads in sorted({1, a.threads}):
             with limited(threads):
-                same = models if threads == a.threads else pipelines(a, threads)
-                scaling[threads] = interleaved(trajectories(same, a), a.repeats)
+                ways, missing = trajectories(a, threads)
+                scaling[threads] = interleaved(ways, a.repeats)
+                parts[threads] = {n: interleaved(w, a.repeats) for n, w in networks(a, threads).items()}
+        ours = pipeline(a, a.threads, "bf16", "cpu")
+        plan = ours.plan(a.seconds, steps=a.steps, sampler=a.sampler, guidance=a.guidance)
         condition = ours._condition(plan, [PROMPT], [84.0], [None])
         runs = write_out(
             plan.sampler, plan.levels, plan.guidance, plan.layers, ours.config.network, ours.config.sigma_data
@@ -235,24 +168,39 @@ def whole(a: argparse.Namespace) -> Row:
     return {
         "model": ours.name, "seconds": a.seconds, "steps": a.steps, "sampler": a.sampler, "guidance": a.guidance,
         "threads": a.threads, "isa": native.lib.isa(), "evaluations": len(runs), "rates": rate,
-        "transformer": scaling, "stages": {s: spread([c[s] for c in clips]) for s in clips[0]},
+        "transformer": scaling, "missing": missing, "networks": parts,
+        "stages": {s: spread([c[s] for c in clips]) for s in clips[0]},
         "flops": cost.flops, "bytes": cost.bytes, "floor_s": floor,
         "block": {name: {"flops": c.flops, "bytes": c.bytes} for name, c in blocks.items()},
         "peak_memory_of_all_ways_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }  # fmt: skip
 
 
+def compare(title: str, ways: dict[str, dict[str, float]], missing: dict[str, str] | None = None) -> str:
+    """One table: medians and how many times ours in bf16."""
+    best = ways["ours bf16"]["median"]
+    cells = [[n, f"{1e3 * s['median']:.1f} ms", f"{s['median'] / best:.2f}"] for n, s in ways.items()]
+    cells += [[name, f"not measured: {why}", "-"] for name, why in (missing or {}).items()]
+    return table([title, "median", "against ours bf16"], cells)
+
+
 def render(row: Row) -> str:
     """The tables that docs/cpu.md shows."""
     out = []
     for threads, ways in row["transformer"].items():
-        best = ways["ours bf16"]["median"]
-        cells = [[n, f"{1e3 * s['median']:.0f} ms", f"{s['median'] / best:.2f}"] for n, s in ways.items()]
-        out.append(table([f"transformer, {threads} threads", "median", "against ours bf16"], cells))
+        out.append(compare(f"transformer, threads: {threads}", ways, row.get("missing")))
+        for name, part in row.get("networks", {}).get(threads, {}).items():
+            out.append(compare(f"{name}, threads: {threads}", part))
     stages = [[name, f"{1e3 * s['median']:.0f} ms", f"{1e3 * s['p90']:.0f} ms"] for name, s in row["stages"].items()]
     out.append(table(["stage", "median", "p90"], stages))
     rate = ", ".join(f"{name} {value:.0f}" for name, value in row["rates"].items())
-    out.append(f"Machine: {rate}. Floor of the transformer: {1e3 * row['floor_s']:.0f} ms.")
+    spent = row["transformer"][max(row["transformer"], key=int)]["ours bf16"]["median"]
+    floor = row["floor_s"]
+    out.append(
+        f"Machine: {rate}, instruction set {row['isa']}. Floor of the transformer: {1e3 * floor:.0f} ms "
+        f"({row['flops'] / 1e9:.0f} GFLOP, {row['bytes'] / 1e9:.1f} GB); reached: {1e3 * spent:.0f} ms, "
+        f"{100 * floor / spent:.0f} % of it."
+    )
     return "\n\n".join(out)
 
 
@@ -265,25 +213,18 @@ def main() -> None:
     parser.add_argument("--sampler", default="few_step")
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--tokens", type=int, default=689, help="latent frames of the operators' rows")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--micro", action="store_true")
-    parser.add_argument("--name", help="bench/results/NAME.json; '-' writes none")
+    parser.add_argument("--others", action=argparse.BooleanOptionalAction, default=True,
+                        help="ONNX Runtime and OpenVINO, without guidance")  # fmt: skip
+    parser.add_argument("--name", default="cpu", help="bench/results/NAME.json; '-' writes none")
     a = parser.parse_args()
     if native.lib is None:
         raise SystemExit(f"there is no CPU engine to measure: {native.why}")
-    if a.micro:
-        rows: Any = micro(a)
-        cells = [[r["operator"], *(f"{1e3 * r['seconds'][k]['median']:.3f} ms" for k in ("ours", "torch")),
-                  f"{r['gb_per_s']:.1f}", f"{r['of_copy']:.2f}"] for r in rows]  # fmt: skip
-        print(table(["operator", "ours", "torch", "GB/s", "of copying"], cells))
-    else:
-        rows = whole(a)
-        print(render(rows))
-    name = a.name or ("cpu-operators" if a.micro else "cpu")
-    if name != "-":
-        print(save(name, rows))
+    row = whole(a)
+    print(render(row))
+    if a.name != "-":
+        print(save(a.name, row))
 
 
 if __name__ == "__main__":

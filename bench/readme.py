@@ -9,13 +9,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import clips
 import cpu
 import e2e
+import fidelity
+import operators
 import quality
 from results import RESULTS, replace_section
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+CPU = ROOT / "docs" / "cpu.md"
 CARD = ROOT / "presto_rt" / "weights" / "nano" / "README.md"
 
 
@@ -29,7 +33,15 @@ def main() -> None:
         row, machine = data["rows"], data["machine"]
         note = (f"{row['seconds']:g} s of stereo, {row['model']}, {row['evaluations']} evaluations, guidance "
                 f"{row['guidance']:g}, on {machine['device']} (`{machine['command']}`).")  # fmt: skip
-        replace_section(ROOT / "docs" / "cpu.md", "cpu", f"{note}\n\n{cpu.render(row).strip()}")
+        replace_section(CPU, "cpu", f"{note}\n\n{cpu.render(row).strip()}")
+    for name, render in (
+        ("cpu-clips", clips.render),
+        ("cpu-operators", operators.render),
+        ("fidelity", fidelity.render),
+    ):
+        if (data := _read(name)) is not None:
+            note = f"On {data['machine']['device']} (`{data['machine']['command']}`)."
+            replace_section(CPU, name, f"{note}\n\n{render(data['rows']).strip()}")
     if (data := _read("quality-nano")) is not None:
         replace_section(README, "quality", quality.render(data))
         replace_section(CARD, "quality", quality.render(data))
