@@ -1,0 +1,72 @@
+"""A server of music in the standard library alone: `python examples/server.py [port] [model]`, then
+
+    curl 'localhost:8080/clip?prompt=calm+piano&seconds=8&seed=7' -o clip.wav
+
+Every request has a thread; the model's engine takes turns among them. What is wrong with a request comes back as 400
+with the reason in a line, a device without room as 503.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import wave
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+import presto_rt
+from presto_rt.errors import EngineOutOfMemory, InvalidInput
+
+MAX_SECONDS = 60.0
+NUMBERS = {"seconds": float, "seed": int, "steps": int, "guidance": float, "bpm": float, "deadline_ms": float}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET /clip?prompt=...&seconds=... answers with a .wav file."""
+
+    model: presto_rt.Pipeline
+
+    def do_GET(self) -> None:
+        parts = urlsplit(self.path)
+        if parts.path != "/clip":
+            self.answer(404, "text/plain", b"ask for /clip?prompt=...\n")
+            return
+        try:
+            self.answer(200, "audio/wav", self.clip(parse_qs(parts.query)))
+        except EngineOutOfMemory as error:
+            self.answer(503, "text/plain", f"{error}\n".encode())
+        except (InvalidInput, ValueError) as error:
+            self.answer(400, "text/plain", f"{error}\n".encode())
+
+    def clip(self, query: dict[str, list[str]]) -> bytes:
+        options = {name: kind(query[name][0]) for name, kind in NUMBERS.items() if name in query}
+        if options.get("seconds", 0.0) > MAX_SECONDS:
+            raise InvalidInput(f"seconds must be at most {MAX_SECONDS:g} here")
+        integers = self.model.generate(query.get("prompt", [""])[0], output="pcm16", **options)
+        out = io.BytesIO()
+        with wave.open(out, "wb") as file:
+            file.setnchannels(2)
+            file.setsampwidth(2)
+            file.setframerate(44_100)
+            file.writeframes(integers.tobytes())
+        return out.getvalue()
+
+    def answer(self, code: int, kind: str, body: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def serve(port: int = 8080, model: str = "nano") -> ThreadingHTTPServer:
+    """A server that is ready to `serve_forever`. Port 0 takes a free one."""
+    loaded = presto_rt.load(model, backend="graph")
+    handler = type("ModelHandler", (Handler,), {"model": loaded})
+    return ThreadingHTTPServer(("127.0.0.1", port), handler)
+
+
+if __name__ == "__main__":
+    with serve(*map(int, sys.argv[1:2]), *sys.argv[2:3]) as server:
+        print(f"listening on http://127.0.0.1:{server.server_port}/clip?prompt=calm+piano")
+        server.serve_forever()
