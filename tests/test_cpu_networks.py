@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -296,6 +297,23 @@ def test_text_engine_equals_the_encoder(table: Table, dtype: torch.dtype) -> Non
     assert error <= 2 * torchs + 1e-6
     assert torch.equal(got.mask, want.mask)
     assert (got.pooled - want.pooled).norm() / want.pooled.norm() < (1e-5 if dtype == torch.float32 else 0.01)
+
+
+@torch.inference_mode()
+def test_ten_threads_on_one_decoder_and_text_engine_get_what_they_would_get_alone() -> None:
+    codec, encoder = random_codec(), load_text_encoder()
+    decoder, text = (make(what, CpuOps(threads=2), 2) for make, what in
+                     ((DecoderEngine, codec), (TextEngine, encoder)))  # fmt: skip
+    requests = [(torch.randn(1, 5 + i % 3, 64), torch.randint(30_000, (1, 4 + i % 4))) for i in range(10)]
+
+    def both(latents: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return decoder(latents), text(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    alone = [both(*request) for request in requests]
+    with ThreadPoolExecutor(10) as pool:
+        together = list(pool.map(lambda request: both(*request), requests * 3))
+    for i, got in enumerate(together):
+        assert all(torch.equal(a, b) for a, b in zip(got, alone[i % 10], strict=True))
 
 
 @torch.inference_mode()

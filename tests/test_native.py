@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
+from models import write_tiny_model
 
 from presto_rt import native
 
@@ -82,3 +86,45 @@ def test_operators_release_the_interpreter_lock() -> None:
     worker.join()
     # With the lock held throughout, this thread would come to run once or twice.
     assert steps > 1000
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86")
+def test_code_outside_the_chosen_instruction_sets_has_no_avx() -> None:
+    """On a processor without AVX the module must import and run: what is compiled once, and the plain variant of each
+    operator, use no vector register of AVX. Names tell which code may: a variant's namespace, or target_clones."""
+    if native.lib is None or shutil.which("objdump") is None:
+        pytest.skip(native.why or "no objdump")
+    if native.lib.__file__ is None:
+        pytest.skip("the module is not a file")
+    listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", native.lib.__file__], capture_output=True,
+                             text=True, check=True, timeout=60).stdout  # fmt: skip
+    allowed = ("avx2", "avx512", "amx")
+    if "avx512" not in listing:
+        pytest.skip("the module has no names left to go by")
+    counts = {True: 0, False: 0}
+    offenders, name, plain = set(), "", False
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            name = line
+            plain = not any(mark in name for mark in allowed)
+        elif "%ymm" in line or "%zmm" in line or "%tmm" in line or re.search(r"\tv[a-z0-9]+ .*%xmm", line):
+            counts[plain] += 1
+            if plain:
+                offenders.add(name)
+    assert not offenders
+    assert counts[False] > 1000  # the search does find such code where it may be
+
+
+def test_the_plain_instruction_set_alone_makes_a_clip(tmp_path: Path) -> None:
+    """What a processor without AVX2 would run, from import to sound, in a process of its own."""
+    if native.lib is None:
+        pytest.skip(f"no C++ operators: {native.why}")
+    folder = write_tiny_model(tmp_path / "tiny")
+    code = (
+        "import sys, presto_rt; from presto_rt import native\n"
+        "native.lib.use_isa('base')\n"
+        f"model = presto_rt.load({str(folder)!r}, device='cpu', dtype='float32', backend='cpu', threads=1)\n"
+        "audio = model.generate('piano', seconds=1.0, seed=1)\n"
+        "print(native.lib.isa(), audio.samples.shape, bool(abs(audio.samples).max() > 0))\n"
+    )
+    assert run_python(code).stdout.split("\n")[0] == "base (2, 44100) True"
