@@ -35,8 +35,8 @@ from .errors import BackendUnavailable, InvalidInput, WeightsError
 from .keys import Key, key_features
 from .models.codec import Codec, CodecConfig
 from .models.dit import Condition, DiT, beat_features
-from .models.untrained import SUFFIX, untrained
-from .text import TextStates, check_prompts, load_text_encoder
+from .models.untrained import SUFFIX, UntrainedText, untrained, untrained_codec
+from .text import TextEncoder, TextStates, check_prompts, load_text_encoder
 
 if TYPE_CHECKING:  # Triton is loaded where it is used
     from .engine.graph import GraphEngine, Limits
@@ -90,15 +90,16 @@ class Pipeline:
     schedules: the layer schedules that the weights have learned, by budget. quality: measured figures of plans, each
     {"steps", "layers", "kid"}, for `deadline_ms`. digest: names the weights. backend: "torch", or "cpu" for the engine,
     which runs on `threads` threads (None: as many as torch). int8: its transformer's products in 8-bit integers.
-    "graph" is `engine.graph`, with `limits` and `fp8`.
+    "graph" is `engine.graph`, with `limits` and `fp8`. encoder: of texts, the shared one by default.
     """
 
     def __init__(self, dit: DiT, codec: Codec, *, device: torch.device, dtype: torch.dtype,
                  defaults: Defaults | None = None, name: str = "custom",
                  schedules: dict[str, LayerSchedule] | None = None, quality: Sequence[dict[str, Any]] = (),
                  digest: str = "", backend: str = "torch", threads: int | None = None,
-                 int8: bool = False, limits: Limits | None = None, fp8: Fp8 | None = None) -> None:  # fmt: skip
-        self.int8 = int8
+                 int8: bool = False, limits: Limits | None = None, fp8: Fp8 | None = None,
+                 encoder: TextEncoder | None = None) -> None:  # fmt: skip
+        self.int8, self._encoder = int8, encoder
         self.name, self.device, self.dtype, self.digest, self.backend = name, device, dtype, digest, backend
         self.schedules, self.quality = schedules or {}, list(quality)
         self.config: ModelConfig = dit.config
@@ -116,9 +117,8 @@ class Pipeline:
             from .engine.cuda import CudaOps
             from .engine.graph import GraphEngine
 
-            encoder = copy.deepcopy(load_text_encoder()).to(device)
             table = CudaOps(dtype, device, backend="torch" if device.type == "cpu" else "auto")
-            self.graph = GraphEngine(dit, self.codec, encoder, table, peak=PEAK, limits=limits, fp8=fp8)
+            self.graph = GraphEngine(dit, self.codec, self.encoder, table, peak=PEAK, limits=limits, fp8=fp8)
         self.dit = dit.to(device, dtype).eval().requires_grad_(False)
 
     def generate(
@@ -243,7 +243,7 @@ class Pipeline:
     def request(self, plan: Plan, prompts: list[str], tempos: list[float | None], keys: list[Key | None],
                 seeds: list[int], negative: str | None = None, output: str = "float32") -> Request:  # fmt: skip
         """What `engine.graph` is asked for a plan: everything of a call that its graph reads."""
-        config, encoder = self.config, load_text_encoder()
+        config, encoder = self.config, self.encoder
         runs = write_out(plan.sampler, plan.levels, plan.guidance, plan.layers, config.network, config.sigma_data)
         tokens = encoder.tokens(prompts, config.text_tokens)
         away = None if negative is None else encoder.tokens([negative] * len(prompts), config.text_tokens)
@@ -295,6 +295,11 @@ class Pipeline:
     @torch.inference_mode()
     def decode(self, latents: Tensor, frames: int) -> Tensor:
         """Stereo samples (B, 2, frames) fp32 of latents (B, T, C), not limited to full scale. Raises InvalidInput."""
+        if self.device.type == "cuda":
+            from .engine import sound
+
+            count = torch.full((len(latents),), latents.shape[1], dtype=torch.int32, device=self.device)
+            return sound.decode(self.codec, latents, count)[..., :frames]
         if self.decoder is None:
             return self.codec.decode(latents, frames=frames, clamp=False).float()
         with limited(self.decoder.threads):
@@ -309,11 +314,19 @@ class Pipeline:
         return Condition(states.states, states.mask, states.pooled, seconds, beats, tonality).to(self.device)
 
     def _encode(self, prompts: list[str]) -> TextStates:
-        encoder = load_text_encoder()
+        encoder = self.encoder
         if self.decoder is not None and self._text is None:
             self._text = TextEngine(encoder, self.decoder.ops, self.decoder.threads)
         states = encoder.encode(prompts, self.config.text_tokens, self._text)
         return TextStates(*(t.to(self.device) for t in (states.states, states.mask, states.pooled)))
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The text encoder on the model's device; on a CPU all models share one. Loaded when it is first needed."""
+        if self._encoder is None:
+            shared = load_text_encoder()
+            self._encoder = shared if self.device.type == "cpu" else copy.deepcopy(shared).to(self.device)
+        return self._encoder
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -341,18 +354,20 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
         raise InvalidInput(f"threads must be a whole number from 1 to 1024, not {threads!r}")
     random = str(name).endswith(SUFFIX)
-    loaded = weights.load("nano" if random else name)  # the codec is the shipped one in any case
+    loaded = weights.Weights({}) if random else weights.load(name)
     try:
-        config = preset(str(name).removesuffix(SUFFIX)) if random else ModelConfig.from_dict(loaded.config["model"])
-        codec = Codec(CodecConfig.from_dict(loaded.config["codec"]))
-        codec.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in loaded.parts["codec"].items()})
         if random:
-            loaded.config = {"defaults": {"steps": 4, "sampler": "few_step", "guidance": 1.0}}
+            config = preset(str(name).removesuffix(SUFFIX))
+            dit, codec, encoder = untrained(config, where), untrained_codec(), UntrainedText().to(where)
             loaded.digest = f"random {config.name}"
-            dit = untrained(config, where)
+            loaded.config = {"defaults": {"steps": 4, "sampler": "few_step", "guidance": 1.0}}
         else:
-            dit = DiT(config)
+            config, encoder = ModelConfig.from_dict(loaded.config["model"]), None
+            dit, codec = DiT(config), Codec(CodecConfig.from_dict(loaded.config["codec"]))
             dit.load_state_dict({k: v.float() for k, v in loaded.parts["dit"].items()})
+            codec.load_state_dict(
+                {k: v.float() if v.is_floating_point() else v for k, v in loaded.parts["codec"].items()}
+            )
         saved = {k: LayerSchedule.from_json(v) for k, v in loaded.config.get("layers", {}).items()}
         schedules = {k: parse_layers(v, config.blocks) for k, v in saved.items()}  # of this very depth
     except (InvalidInput, KeyError, RuntimeError) as error:
@@ -372,7 +387,7 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
     return Pipeline(dit, codec, device=where, dtype=computed, name=Path(name).name, backend=ran_by, threads=threads,
                     defaults=Defaults.from_dict(loaded.config.get("defaults", {})), schedules=schedules,
                     quality=loaded.config.get("quality", ()), digest=loaded.digest, int8=dtype == "int8", limits=limits,
-                    fp8=fp8)  # fmt: skip
+                    fp8=fp8, encoder=encoder)  # fmt: skip
 
 
 def _backend(name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig) -> str:

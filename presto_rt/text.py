@@ -64,13 +64,16 @@ class BertLayer(nn.Module):
 class TextEncoder(nn.Module):
     """MiniLM-L6-v2: 22.7 M parameters, 384 wide, post-norm BERT. `encode` takes strings."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
+        """folder: of the weights and the tokenizer; None: untrained and without words, for `models.untrained`."""
         super().__init__()
-        from tokenizers import Tokenizer
-
         self.words, self.positions, self.types = nn.Embedding(30_522, 384), nn.Embedding(512, 384), nn.Embedding(2, 384)
         self.norm = nn.LayerNorm(384, eps=1e-12)
         self.layers = nn.ModuleList(BertLayer(384, 12, 1_536) for _ in range(6))
+        if folder is None:
+            return
+        from tokenizers import Tokenizer
+
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
