@@ -173,6 +173,17 @@ def test_what_a_generation_imports_loads_nothing_optional() -> None:
     assert run_python(code).stdout.split() == []
 
 
+def test_importing_all_that_generates_takes_at_most_0_3_s_on_top_of_torch() -> None:
+    """In the processor's time, which a busy machine does not change."""
+    code = (
+        "import time, torch\n"
+        "begin = time.process_time()\n"
+        "import presto_rt; presto_rt.Pipeline; presto_rt.Audio; presto_rt.load\n"
+        "print(time.process_time() - begin)\n"
+    )
+    assert 0 < float(run_python(code).stdout) < 0.3
+
+
 def test_the_command_line_starts_without_torch() -> None:
     code = "import sys, presto_rt.cli; print('torch' in sys.modules)"
     assert run_python(code).stdout.split() == ["False"]
