@@ -12,6 +12,7 @@ GPU ?=
 HOURS ?= 25
 CODEC_MINUTES ?= 50
 BASE_MINUTES ?= 110
+STEP_MINUTES ?= 60
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -29,7 +30,7 @@ help:
 	@echo "make test-sanitize  the C++ operators' tests under address and undefined-behaviour sanitizers"
 	@echo "make lint       ruff and clang-format, changing nothing;  make format: changing files"
 	@echo "make typecheck  mypy over the public modules"
-	@echo "make model      the shipped model again from nothing, in out/nano (hours; see docs/training.md)"
+	@echo "make model      the shipped models again from nothing, in out/ (hours; see docs/training.md)"
 	@echo "make bench      the benchmarks in bench/;  make bench-gpu: the kernels on a CUDA GPU"
 	@echo "make wheel      a wheel in dist/"
 	@echo "make clean      removes what was built, not .venv"
@@ -90,7 +91,9 @@ model: $(VENV)/.installed-training
 	$(BIN)/presto-rt train codec --minutes $(CODEC_MINUTES) $$(test ! -e runs/codec/last.safetensors || echo --resume)
 	$(BIN)/presto-rt train encode
 	$(BIN)/presto-rt train base --minutes $(BASE_MINUTES) --resume
-	$(BIN)/presto-rt train pack out/nano --defaults '{"steps": 32, "sampler": "dpmpp_2m", "guidance": 2.0, "guidance_interval": [0.0, 3.0]}'
+	$(BIN)/presto-rt distill steps --teacher runs/base --minutes $(STEP_MINUTES) --run runs/presto-s --resume
+	$(BIN)/presto-rt train pack out/nano --base runs/presto-s
+	$(BIN)/presto-rt train pack out/nano-base --codec out/nano --share-codec --defaults '{"steps": 32, "sampler": "dpmpp_2m", "guidance": 2.0, "guidance_interval": [0.0, 3.0]}'
 
 # Each writes bench/results/*.json; the last puts their tables into the README. GPU=--gpu for the kernels on a CUDA device.
 bench: $(VENV)/.installed-tests

@@ -20,7 +20,7 @@ from results import RESULTS, replace_section
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 CPU = ROOT / "docs" / "cpu.md"
-CARD = ROOT / "presto_rt" / "weights" / "nano" / "README.md"
+WEIGHTS = ROOT / "presto_rt" / "weights"
 
 
 def main() -> None:
@@ -42,10 +42,13 @@ def main() -> None:
         if (data := _read(name)) is not None:
             note = f"On {data['machine']['device']} (`{data['machine']['command']}`)."
             replace_section(CPU, name, f"{note}\n\n{render(data['rows']).strip()}")
-    if (data := _read("quality-nano")) is not None:
-        replace_section(README, "quality", quality.render(data))
-        replace_section(CARD, "quality", quality.render(data))
-        replace_section(CARD, "denoising", quality.denoising(data))
+    for name in ("nano", "nano-base"):
+        if (data := _read(f"quality-{name}")) is not None:
+            card = WEIGHTS / name / "README.md"
+            replace_section(card, "quality", quality.render(data))
+            replace_section(card, "denoising", quality.denoising(data))
+            if name == "nano":
+                replace_section(README, "quality", quality.render(data))
     if (data := _read("codec")) is not None:
         replace_section(README, "codec", codec_table(data))
         replace_section(ROOT / "docs" / "codec.md", "codec", codec_table(data))
