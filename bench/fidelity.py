@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="nano", help="a shipped model, or a folder of one")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "int8"])
+    parser.add_argument("--clips", type=int, default=len(PROMPTS), help=f"prompts, at most {len(PROMPTS)}")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--sampler")
@@ -59,7 +60,7 @@ def main() -> None:
     ways["eager torch, bfloat16"] = (load(a.model, device="cpu", dtype="bfloat16", backend="torch"), 0)
     ways["float32, another seed"] = (plain, 1000)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
-    for i, prompt in enumerate(PROMPTS):
+    for i, prompt in enumerate(PROMPTS[: a.clips]):
         sound, latents = clip(plain, prompt, i, a)
         for name, (model, shift) in ways.items():
             got, x = clip(model, prompt, i + shift, a)
@@ -74,7 +75,7 @@ def main() -> None:
     }
     plan = plain.plan(a.seconds, steps=a.steps, sampler=a.sampler, guidance=a.guidance)
     settings = {"model": plain.name, "seconds": a.seconds, "steps": len(plan.levels) - 1, "sampler": plan.sampler,
-                "guidance": plan.guidance.scale, "clips": len(PROMPTS)}  # fmt: skip
+                "guidance": plan.guidance.scale, "clips": len(PROMPTS[: a.clips])}  # fmt: skip
     result = {"settings": settings, "means": rows, "clips": found}
     print(render(result))
     if a.name != "-":
