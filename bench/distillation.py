@@ -88,6 +88,7 @@ def measure(name: str, a: argparse.Namespace) -> None:
     """Train what the row needs (going on where it was), pack it, judge it."""
     from presto_rt.distill.recipe import run_folder, train
     from presto_rt.evaluation.compare import Row, compare, markdown
+    from presto_rt.training import settings
     from presto_rt.training.pack import pack
 
     if name not in ENTRIES:
@@ -97,15 +98,16 @@ def measure(name: str, a: argparse.Namespace) -> None:
     chain += ["presto-l"] if entry.training.startswith("presto-ls") else []
     chain += [entry.training] if entry.training != "base" else []
     for training in chain:
-        minutes = a.minutes if training == entry.training else None
+        own = training == entry.training
+        minutes, changes = (a.minutes, settings.read(a.set)) if own else (None, {})
         if not train(training, a.data, a.runs, teacher=a.teacher, minutes=minutes, device=a.device,
-                     seed=0 if training == "base" else a.seed):  # fmt: skip
+                     seed=0 if training == "base" else a.seed, **changes):  # fmt: skip
             raise SystemExit(f"{training} was stopped before its budget ended: the same command goes on")
     base = entry.training == "base"
     run = Path(a.teacher or run_folder(a.runs, "base")) if base else run_folder(a.runs, entry.training, a.seed)
     packed = Path(a.packed) / run.name
-    own = entry.options.get("sampler") == FEW["sampler"]  # a few-step model brings its defaults along
-    pack(packed, codec_run=a.codec, base_run=run, defaults={} if own else SAMPLING)
+    few_step = entry.options.get("sampler") == FEW["sampler"]  # a few-step model brings its defaults along
+    pack(packed, codec_run=a.codec, base_run=run, defaults={} if few_step else SAMPLING)
     label = name if not a.seed else f"{name} (training seed {a.seed})"
     table = compare([Row(label, str(packed), entry.options)], a.data, a.out, results=a.results, count=a.count,
                     seconds=a.seconds, reference_count=a.reference, latency_seconds=a.latency_seconds,
@@ -161,12 +163,15 @@ def commands() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    from presto_rt.training import settings
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", nargs="?", default="report", choices=("report", "row", "commands"))
     parser.add_argument("name", nargs="?", default="", help="the row's name")
     parser.add_argument("--minutes", type=float, help="training budget (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0, help="training seed")
     parser.add_argument("--teacher", help="base model: weights or run folder (default: RUNS/base, trained if missing)")
+    settings.add(parser)
     parser.add_argument("--codec", default="runs/codec", help="codec run, or a model whose codec is taken")
     parser.add_argument("--data", default="data")
     parser.add_argument("--runs", default="runs")
