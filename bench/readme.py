@@ -6,6 +6,7 @@ Draws docs/demo.png too, where `make demo` has left a demo.wav.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,17 @@ import quality
 from results import RESULTS, replace_section
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+
+from bench.e2e_gpu import write_readme as write_gpu_table  # noqa: E402
+
 README = ROOT / "README.md"
 CPU = ROOT / "docs" / "cpu.md"
 WEIGHTS = ROOT / "presto_rt" / "weights"
 
 
 def main() -> None:
+    write_gpu_table()
     if (data := _read("e2e-cpu")) is not None:
         rows = data["rows"]
         note = (f"Medians of {rows[0]['stages']['total']['n']} on {data['machine']['device']} ({rows[0]['dtype']}, "

@@ -122,10 +122,7 @@ class TextEncoder(nn.Module):
 
         network: runs in place of `forward`, as an engine does.
         """
-        encoded = [self.tokenizer.encode(_clean(p)).ids for p in prompts]
-        if any(len(ids) > max_tokens for ids in encoded):
-            log.warning("a prompt is longer than %d tokens; what follows them is ignored", max_tokens)
-        encoded = [ids if len(ids) <= max_tokens else [*ids[: max_tokens - 1], ids[-1]] for ids in encoded]
+        encoded = self.tokens(prompts, max_tokens)
         length = max(map(len, encoded))
         device = self.words.weight.device
         ids = torch.tensor([e + [0] * (length - len(e)) for e in encoded], device=device)

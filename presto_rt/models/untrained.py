@@ -53,4 +53,5 @@ class UntrainedText(TextEncoder):
         self.eval().requires_grad_(False)
 
     def tokens(self, prompts: list[str], max_tokens: int = 96) -> list[list[int]]:
-        return [[101, *(zlib.crc32(w.encode()) % 30_000 for w in p.split())][: max_tokens - 1] + [102] for p in prompts]
+        words = ([zlib.crc32(word.encode()) % 30_000 for word in prompt.split()] for prompt in prompts)
+        return [[101, *numbers[: max_tokens - 2], 102] for numbers in words]

@@ -1,0 +1,369 @@
+"""From a prompt to 16-bit sound in host memory on a CUDA GPU: `python -m bench.e2e_gpu [--minutes 5]`
+
+The ladder: eager torch, torch.compile, torch.compile(mode="max-autotune") with CUDA graphs, ours, and ours with each
+optimisation switched off, all on the same untrained weights (timing does not depend on training). Then lengths,
+batches, steps, layers, precisions, the larger model, and the same model at 80 evaluations with guidance.
+
+Each group runs in a process of its own with a time limit, and each row is written the moment it is known. Times are
+wall clock from the call to the array; stages are by CUDA events. Without a GPU it is a dry run at a tiny size: every
+step of the program, nothing timed, nothing written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.results import RESULTS, replace_section, save, table
+
+ROOT = Path(__file__).parent.parent
+GROUPS = {"ours": 150, "first": 60, "eager": 60, "compile": 120, "medium": 60, "range": 120, "max-autotune": 240}
+STAGES = ("text", "denoise", "decode")
+PROMPTS = ("calm piano with warm strings, 84 bpm", "fast drum and bass, 174 bpm", "solo violin in D minor")
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed. way: "ours", "ours without ...", "eager" or how it is compiled; layers: share of the blocks."""
+
+    way: str
+    model: str = "small-random"
+    seconds: float = 32.0
+    clips: int = 1
+    steps: int = 4
+    sampler: str = "few_step"
+    guidance: float = 1.0
+    layers: str = "100%"
+    dtype: str = "bfloat16"
+
+    def settings(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "steps": self.steps, "sampler": self.sampler, "guidance": self.guidance,
+                "layers": None if self.layers == "100%" else self.layers}  # fmt: skip
+
+
+def cases(group: str, tiny: bool) -> list[Case]:
+    """The rows of a group. tiny: for a dry run."""
+    base = Case("ours", "tiny-random", 0.5, steps=2) if tiny else Case("ours")
+    if group == "ours":
+        from presto_rt.engine.cuda import OPERATORS
+
+        off = [replace(base, way=f"ours without {what}") for what in ("the graph", *OPERATORS)]
+        paper = replace(base, way="ours, 80 evaluations", sampler="dpmpp_2m", steps=40, guidance=3.0)
+        return [base, replace(base, dtype="fp8"), replace(base, dtype="float16"), *off, paper]
+    if group == "range":
+        return [
+            *(replace(base, seconds=s) for s in ((0.3,) if tiny else (5.0, 95.0))),
+            *(replace(base, clips=n) for n in ((2,) if tiny else (4, 16))),
+            *(replace(base, steps=n) for n in ((1,) if tiny else (1, 2, 8))),
+            *(replace(base, layers=share) for share in (("67%",) if tiny else ("50%", "75%", "90%"))),
+            replace(base, guidance=3.0),
+        ]
+    if group == "medium":
+        return [replace(base, model="tiny-random" if tiny else "medium-random")]
+    return [replace(base, way=group)]
+
+
+# ---- ways to make a clip, each a function of a seed that returns (int16 array, seconds of each stage)
+
+Clip = Callable[[int], tuple[Any, dict[str, float]]]
+
+
+def ours(model: Any, case: Case) -> Clip:
+    """The graph engine, by the way's name with one thing switched off."""
+    from presto_rt.engine.cuda import CudaOps
+
+    off = case.way.removeprefix("ours without ") if case.way.startswith("ours without ") else ""
+    engine = model.graph
+    engine.graphed = off != "the graph"
+    engine.ops = CudaOps(model.dtype, model.device, [off] if off not in ("", "the graph") else [], engine.ops.backend)
+    engine.forget()
+
+    def clip(seed: int) -> tuple[Any, dict[str, float]]:
+        plan = model.plan(**case.settings())
+        texts = [PROMPTS[(seed + i) % len(PROMPTS)] for i in range(case.clips)]
+        seeds = [seed + i for i in range(case.clips)]
+        result = engine.run(model.request(plan, texts, [None] * case.clips, [None] * case.clips, seeds, output="pcm16"))
+        return result.samples, result.stages
+
+    return clip
+
+
+def plain(model: Any, case: Case) -> Clip:
+    """Torch, eager or compiled, with the same text encoder, decoder and 16-bit conversion, all on the GPU."""
+    import torch
+    from presto_rt.kernels.edm_step import seeds_tensor
+    from presto_rt.kernels.pcm import pcm
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    cuda = model.device.type == "cuda"
+    if case.way != "eager":
+        mode = {"compile": "default", "max-autotune": "max-autotune"}[case.way]
+        options: dict[str, Any] = {"mode": mode} if cuda else {"backend": "aot_eager"}
+        compiled = torch.compile(model.dit, dynamic=False, **options)
+        network, config = model.dit, model.config
+
+        class Compiled(torch.nn.Module):
+            """The compiled network; its outputs are copied, since a CUDA graph writes over them."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.config, self.null = config, network.null
+
+            def forward(self, *arguments: Any) -> torch.Tensor:
+                torch.compiler.cudagraph_mark_step_begin()
+                return compiled(*arguments).clone()
+
+        model.dit = Compiled()
+
+    @torch.inference_mode()
+    def clip(seed: int) -> tuple[Any, dict[str, float]]:
+        marks = [time.perf_counter()]
+
+        def mark() -> None:
+            if cuda:
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+
+        plan = model.plan(**case.settings())
+        condition = model._condition(plan, [PROMPTS[seed % len(PROMPTS)]], [None], [None])
+        unconditional = model.dit.null(condition)
+        mark()
+        latents = model.denoise(plan, condition, unconditional, [seed])
+        mark()
+        samples = model.decode(latents, plan.samples)
+        levelled = samples / (samples.abs().amax((1, 2), keepdim=True) / 0.98).clamp_min(1.0)
+        integers = pcm(levelled.contiguous(), seeds_tensor([seed], model.device)).cpu().numpy()
+        mark()
+        return integers, dict(zip(STAGES, (b - a for a, b in itertools.pairwise(marks)), strict=True))
+
+    return clip
+
+
+# ---- measuring
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p50, p90, p99 and how many."""
+    ordered = sorted(values)
+    at = {name: ordered[min(len(ordered) - 1, int(q * len(ordered)))] for name, q in
+          (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))}  # fmt: skip
+    return at | {"n": len(ordered)}
+
+
+def measure(case: Case, clip: Clip, top: Any, runs: int, limit: float) -> dict[str, Any]:
+    """A row: `runs` clips, fewer where they take longer than `limit` seconds together."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    for seed in range(3):  # the first captures or compiles
+        clip(seed)
+        if seed == 0:
+            first = time.perf_counter() - begin
+    totals: list[float] = []
+    stages: list[dict[str, float]] = []
+    end = time.perf_counter() + limit
+    while len(totals) < runs and (len(totals) < 5 or time.perf_counter() < end):
+        start = time.perf_counter()
+        _, taken = clip(3 + len(totals))
+        totals.append(time.perf_counter() - start)
+        stages.append(taken)
+    row: dict[str, Any] = vars(case) | {"total": percentiles(totals), "first_s": first}
+    row["stages"] = {name: percentiles([s[name] for s in stages])["p50"] for name in STAGES if name in stages[0]}
+    row["real_time_factor"] = case.clips * case.seconds / row["total"]["p50"]
+    row["memory_mib"] = torch.cuda.max_memory_reserved() / 2**20 if cuda else 0.0
+    row["floor_s"] = floor(case, top)
+    row["of_floor"] = row["floor_s"] / max(row["stages"].get("denoise", 0.0), 1e-9)
+    return row
+
+
+def floor(case: Case, top: Any) -> float:
+    """Seconds that the transformer's operations and bytes, counted by its plan, take at the machine's own rates."""
+    import torch
+
+    from presto_rt.config import preset
+    from presto_rt.engine.describe import plan_of
+    from presto_rt.engine.plan import plan_cost
+
+    frames = -(-round(case.seconds * 44_100) // 2_048)
+    config = preset(case.model.removesuffix("-random"))
+    plan = plan_of(config, frames, case.steps, case.guidance, case.layers, case.sampler, case.clips, torch.bfloat16)
+    cost = plan_cost(plan, 2)
+    return max(cost.flops / top.product, cost.bytes / top.bandwidth)
+
+
+def profile(clip: Clip, count: int = 15) -> list[dict[str, Any]]:
+    """Where a clip's time goes on the GPU: the kernels that take longest, in microseconds a clip."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for seed in range(3):
+            clip(seed)
+        torch.cuda.synchronize()
+    rows = sorted(profiled.key_averages(), key=lambda e: -e.self_device_time_total)
+    return [{"kernel": e.key[:90], "us": e.self_device_time_total / 3, "calls": e.count / 3} for e in rows[:count]]
+
+
+def group(name: str, path: Path, tiny: bool, runs: int, top: Any) -> None:
+    """All rows of a group, in this process; each goes to `path` as a line of JSON."""
+    begin = time.perf_counter()
+    import presto_rt
+
+    loaded: dict[tuple[str, str, str], Any] = {}
+    for number, case in enumerate(cases(name, tiny)):
+        try:
+            backend = "graph" if case.way.startswith("ours") or name == "first" else "torch"
+            key = (case.model, case.dtype, backend)
+            if key not in loaded:
+                loaded.clear()
+                loaded[key] = presto_rt.load(case.model, dtype=case.dtype, backend=backend)
+            clip = (plain if backend == "torch" else ours)(loaded[key], case)
+            if name == "first":
+                clip(0)
+                append(path, {"first_clip_s": time.perf_counter() - begin})
+                return
+            append(path, measure(case, clip, top, runs, 0.0 if tiny else 8.0))
+            if name in ("ours", "medium") and number == 0 and not tiny:
+                append(path, {"profile": profile(clip), "of": f"{case.way}, {case.model}"})
+        except Exception as error:  # a row that cannot be had costs itself alone
+            said = (str(error).splitlines() or [""])[0]
+            append(path, vars(case) | {"left_out": f"{type(error).__name__}: {said}"[:300]})
+            if tiny:
+                raise
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """One line of JSON at the end of a file."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The ladder, or a dry run. 0 where every group ended well."""
+    parser = argparse.ArgumentParser(prog="python -m bench.e2e_gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=5.0, help="after which no group starts (5)")
+    parser.add_argument("--runs", type=int, default=200, help="clips of each row (200)")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--name", default="e2e-gpu", help="bench/results/NAME.json")
+    parser.add_argument("--add", action="store_true", help="keep the rows of the groups that are not measured now")
+    parser.add_argument("--readme", action="store_true", help="only put what was measured into the README")
+    parser.add_argument("--worker", nargs=2, metavar=("GROUP", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--ceiling", type=json.loads, help=argparse.SUPPRESS)
+    a = parser.parse_args(arguments)
+    if a.readme:
+        write_readme()
+        return 0
+    import torch
+
+    from bench.kernels.harness import Ceiling, ceiling
+
+    if a.worker:
+        group(a.worker[0], Path(a.worker[1]), False, a.runs, Ceiling(**a.ceiling))
+        return 0
+    if not torch.cuda.is_available():
+        return dry_run(a.groups)
+    top = ceiling("cuda", 1 << 28, 8192)
+    end, left_out = time.monotonic() + 60 * a.minutes, {}
+    found = [row for row in earlier(a.name) if row["group"] not in a.groups] if a.add else []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in a.groups:
+            path, limit = Path(folder) / name, min(GROUPS[name], end - time.monotonic())
+            command = [sys.executable, "-m", "bench.e2e_gpu", "--worker", name, str(path), "--runs", str(a.runs),
+                       "--ceiling", json.dumps(vars(top))]  # fmt: skip
+            left_out[name] = run(command, limit)
+            rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            rows = [row | {"group": name} for row in rows]
+            found += rows
+            save(a.name, {"rows": found, "left_out": left_out, "ceiling": vars(top)})
+            print(f"{name}: {len(rows)} rows {left_out[name]}", flush=True)
+    print(render(json.loads((RESULTS / f"{a.name}.json").read_text())))
+    return 1 if any(said.startswith("exit") for said in left_out.values()) else 0
+
+
+def earlier(name: str) -> list[dict[str, Any]]:
+    """The rows of an earlier run."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["rows"]["rows"] if path.is_file() else []
+
+
+def run(command: list[str], limit: float) -> str:
+    """Runs a group; what went wrong in a line, or nothing."""
+    if limit < 20:
+        return "no time left"
+    try:
+        done = subprocess.run(command, cwd=ROOT, timeout=limit, stderr=subprocess.PIPE, text=True, check=False)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {limit:.0f} s"
+    return "" if not done.returncode else f"exit {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}"
+
+
+def dry_run(groups: Sequence[str]) -> int:
+    """Every group at a tiny size on the CPU, in this process."""
+    from bench.kernels.harness import Ceiling
+
+    print("No CUDA GPU here: dry run of the end-to-end ladder, nothing is timed.", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in groups:
+            path = Path(folder) / name
+            group(name, path, True, 1, Ceiling(1e11, 1e12))
+            print(f"ready: {name}, {len(path.read_text().splitlines())} rows", flush=True)
+    return 0
+
+
+def called(row: dict[str, Any]) -> str:
+    """A row's name: its way, and what differs from small in bf16 with all layers."""
+    parts = [row["way"], *([] if row["model"] == "small-random" else [row["model"]]),
+             *([] if row["dtype"] == "bfloat16" else [row["dtype"]]),
+             *([] if row["layers"] == "100%" else [f"{row['layers']} of the layers"]),
+             *([] if row["guidance"] == 1.0 else ["guided"])]  # fmt: skip
+    return ", ".join(parts)
+
+
+def render(data: dict[str, Any] | None) -> str:
+    """The README's table; without data, what is to be measured."""
+    header = ["", "clip", "steps", "p50", "p90", "p99", "text / transformer / decode", "real-time factor",
+              "of the floor", "memory"]  # fmt: skip
+    if data is None:
+        shown = [c for g in ("eager", "compile", "max-autotune", "ours", "medium") for c in cases(g, False)
+                 if not c.way.startswith("ours without")]  # fmt: skip
+        return table(header, [[called(vars(c)), f"{c.seconds:g} s", str(c.steps), *[NOT_MEASURED] * 7] for c in shown])
+    cells = []
+    measured = data["rows"]["rows"]
+    for r in (row for row in measured if "total" in row):
+        clip = f"{r['seconds']:g} s" if r["clips"] == 1 else f"{r['clips']} x {r['seconds']:g} s"
+        times = [f"{1000 * r['total'][p]:.1f} ms" for p in ("p50", "p90", "p99")]
+        stages = " / ".join(f"{1000 * r['stages'][s]:.2f}" for s in STAGES if s in r["stages"])
+        cells.append([called(r), clip, str(r["steps"]), *times, stages, f"{r['real_time_factor']:.0f}",
+                      f"{r['of_floor']:.0%}", f"{r['memory_mib']:.0f} MiB"])  # fmt: skip
+    first = next((row["first_clip_s"] for row in measured if "first_clip_s" in row), None)
+    note = "" if first is None else f"\n\nFirst clip in a new process: {first:.1f} s."
+    return table(header, cells) + note
+
+
+def write_readme() -> None:
+    """What was measured on a GPU, or that nothing was, into the README."""
+    path = RESULTS / "e2e-gpu.json"
+    data = json.loads(path.read_text()) if path.is_file() else None
+    note = "On a CUDA GPU: not measured yet; `make bench-gpu` fills this table."
+    if data is not None:
+        note = (f"Prompt to 16-bit sound in host memory on {data['machine']['device']}, untrained weights of the "
+                f"preset's shape (`{data['machine']['command']}`). The floor is the transformer's operations and bytes "
+                "at the machine's own rates.")  # fmt: skip
+    replace_section(ROOT / "README.md", "e2e-gpu", f"{note}\n\n{render(data)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

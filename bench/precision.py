@@ -1,0 +1,91 @@
+"""What does a precision cost in quality? `python -m bench.precision [--model nano] [--seconds 6] [--clips 3]`
+
+The graph engine's own arithmetic against itself in fp32, same seeds: relative error of the latents, and the distance of
+the sounds' log-spectra. fp8 is emulated exactly where there is no GPU for it: every number is rounded as it would be
+there, and sums are in fp32 on both. Another seed's clip is the yardstick: that is what "different" looks like.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import presto_rt
+from bench.results import replace_section, save, table
+from presto_rt.engine.cuda import CudaOps
+from presto_rt.engine.graph import GraphEngine
+from presto_rt.engine.precision import Fp8
+from presto_rt.engine.request import Result
+
+PROMPTS = ["calm piano, 84 bpm", "techno with synth bass, 128 bpm", "string quartet in D minor"]
+WAYS: list[tuple[str, torch.dtype, Fp8 | None]] = [
+    ("bf16", torch.bfloat16, None),
+    ("fp16", torch.float16, None),
+    ("fp8, all it can", torch.bfloat16, Fp8(threshold=1.0)),
+    ("fp8, as chosen", torch.bfloat16, Fp8()),
+]
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Root-mean-square error over the root mean square."""
+    return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
+
+
+def decibels(codec: Any, a: Result, b: Result) -> float:
+    """Mean absolute difference of the log-magnitudes of mid and side in the codec's bands, both above -80 dB."""
+    with torch.inference_mode():
+        whole = a.samples.shape[2] // 2048 * 2048
+        first, second = (codec.frames.features(torch.from_numpy(r.samples[..., :whole].copy())) for r in (a, b))
+    heard = torch.maximum(first, second) > -9.2  # nats: 80 dB below full scale
+    return float(8.686 * (first - second).abs()[heard].mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--clips", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    a = parser.parse_args()
+    model = presto_rt.load(a.model, backend="torch", dtype="float32", device="cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    codec, encoder = model.codec.to(device), model.encoder.to(device)
+    plan = model.plan(a.seconds, a.steps)
+
+    def results(dtype: torch.dtype, fp8: Fp8 | None, seed: int = 1) -> tuple[list[Result], GraphEngine]:
+        ops = CudaOps(dtype, device, backend="auto" if device == "cuda" else "torch")
+        engine = GraphEngine(model.dit, codec, encoder, ops, fp8=fp8)
+        texts = [PROMPTS[i % len(PROMPTS)] for i in range(a.clips)]
+        asked = [model.request(plan, [text], [None], [None], [seed + i]) for i, text in enumerate(texts)]
+        return [engine.run(request) for request in asked], engine
+
+    exact, _ = results(torch.float32, None)
+    rows: list[dict[str, Any]] = []
+
+    def compare(name: str, got: list[Result], chosen: str = "") -> None:
+        errors = [relative(g.latents, e.latents) for g, e in zip(got, exact, strict=True)]
+        distances = [decibels(codec, g, e) for g, e in zip(got, exact, strict=True)]
+        rows.append({"way": name, "latents": sum(errors) / a.clips, "decibels": sum(distances) / a.clips,
+                     "fp8": chosen})  # fmt: skip
+        print(rows[-1], flush=True)
+
+    for name, dtype, fp8 in WAYS:
+        got, engine = results(dtype, fp8)
+        choices = engine.entries()[0].precision
+        compare(name, got, f"{sum(c.fp8 for c in choices)} of {len(choices)} products" if choices else "")
+    compare("another seed", results(torch.float32, None, seed=1001)[0])
+    save("precision", {"model": a.model, "seconds": a.seconds, "clips": a.clips, "steps": a.steps, "rows": rows})
+    replace_section(Path(__file__).parent.parent / "docs" / "engine.md", "precision", render(rows))
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/engine.md."""
+    cells = [[r["way"], r["fp8"] or "-", f"{r['latents']:.4f}", f"{r['decibels']:.2f} dB"] for r in rows]
+    return table(["", "in fp8", "error of the latents", "log-spectral distance"], cells)
+
+
+if __name__ == "__main__":
+    main()
