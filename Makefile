@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # A change in any of these means installing again, which also rebuilds the C++ operators.
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
-SANITIZED_TESTS := tests/test_noise.py tests/test_overlap.py tests/test_pcm.py tests/test_cpu_ops.py $(wildcard tests/test_codec*.py)
+SANITIZED_TESTS := tests/test_noise.py tests/test_overlap.py tests/test_pcm.py tests/test_cpu_ops.py tests/test_cpu_networks.py $(wildcard tests/test_codec*.py)
 TEST_EXTRAS := dev,train,data,eval,triton
 
 .DEFAULT_GOAL := help
@@ -98,6 +98,10 @@ model: $(VENV)/.installed-training
 # Each writes bench/results/*.json; the last puts their tables into the README. GPU=--gpu for the kernels on a CUDA device.
 bench: $(VENV)/.installed-tests
 	$(BIN)/python bench/native.py
+	$(BIN)/python bench/cpu.py
+	$(BIN)/python bench/clips.py
+	$(BIN)/python bench/operators.py
+	$(BIN)/python bench/fidelity.py
 	$(BIN)/python -m bench.kernels $(GPU)
 	$(BIN)/python bench/e2e.py
 	$(BIN)/python bench/readme.py
