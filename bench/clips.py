@@ -97,9 +97,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--seconds", type=float, nargs="+", default=[8.0, 32.0, 95.0])
     parser.add_argument("--crowd-seconds", type=float, default=8.0, help="length of the clips of ten threads")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--sampler", default="few_step")
-    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, help="the model's own by default, as sampler and guidance")
+    parser.add_argument("--sampler")
+    parser.add_argument("--guidance", type=float)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--name", default="cpu-clips", help="bench/results/NAME.json; '-' writes none")
@@ -109,7 +109,7 @@ def main() -> None:
         print(json.dumps((one if a.mode == "one" else crowd)(a, a.seconds[0])))
         return
     flags = [text for key in ("model", "dtype", "steps", "sampler", "guidance", "threads", "repeats")
-             for text in (f"--{key}", str(getattr(a, key)))]  # fmt: skip
+             if getattr(a, key) is not None for text in (f"--{key}", str(getattr(a, key)))]  # fmt: skip
     result: dict[str, Any] = {"clips": [in_process(flags, "one", seconds)[0] for seconds in a.seconds]}
     result["crowd"] = in_process(flags, "crowd", a.crowd_seconds)[0]
     middle = a.seconds[len(a.seconds) // 2]
