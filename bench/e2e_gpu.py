@@ -59,7 +59,7 @@ def cases(group: str, tiny: bool) -> list[Case]:
 
         off = [replace(base, way=f"ours without {what}") for what in ("the graph", *OPERATORS)]
         paper = replace(base, way="ours, 80 evaluations", sampler="dpmpp_2m", steps=40, guidance=3.0)
-        return [base, replace(base, dtype="fp8"), replace(base, dtype="float16"), *off, paper]
+        return [base, *off, paper, replace(base, dtype="fp8"), replace(base, dtype="float16")]
     if group == "range":
         return [
             *(replace(base, seconds=s) for s in ((0.3,) if tiny else (5.0, 95.0))),

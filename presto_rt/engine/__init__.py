@@ -1,8 +1,8 @@
 """The engine: a request's plan, run over fused operators and static buffers. See docs/engine.md.
 
 `Engine` is a transformer made ready for one backend. A plan (plan.py) holds everything that is known before the first
-step; forward.py executes it over a table of operators: reference.py in torch, cpu.py in C++ and oneDNN, cuda.py in Triton; graph.py records all of a
-request as one CUDA graph.
+step; forward.py executes it over a table of operators: reference.py in torch, cpu.py in C++ and oneDNN, cuda.py in
+Triton. graph.py records all of a request as one CUDA graph.
 """
 
 from __future__ import annotations
