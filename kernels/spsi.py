@@ -137,8 +137,8 @@ def spsi(magnitude: Tensor, hop: int, size: int, *, out: Tensor | None = None, b
     """Unit phasors (B, T, bins) complex64 for magnitudes (B, T, bins) fp32 of a centred FFT of `size`, every `hop`
     samples.
 
-    bins = size / 2 + 1, at most 32767; hop must divide size. out: (B, T, bins) complex64, contiguous. Raises
-    InvalidInput for anything that does not fit.
+    bins = size / 2 + 1, at most 32767; hop must divide size. out: (B, T, bins) complex64, contiguous.
+    Raises InvalidInput for anything that does not fit.
     """
     check_tensor("magnitude", magnitude, 3, (torch.float32,))
     batch, frames, bins = magnitude.shape
