@@ -42,7 +42,7 @@ def test_linear_against_fp64(device, shape, activation, biased, dtype):
     out = poisoned(batch, tokens, columns // (2 if activation == "swiglu" else 1), dtype=dtype, device=device)
     linear(x, weight, bias, activation=activation, out=out, backend="triton")
     truth = ACT[activation](F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
-    # Contiguous for torch: on CPUs with AMX its bf16 product multiplies what lies behind a row by 0, and NaN lies there.
+    # Contiguous for torch: on CPUs with AMX its bf16 product multiplies what lies behind a row by 0; NaN is there.
     assert_no_worse(out, ACT[activation](F.linear(x.contiguous(), weight, bias)), truth)
 
 
