@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import native, noise
 from ..errors import BackendUnavailable
 from .reference import ACTIVATIONS
+from .threads import spin_briefly
 
 EPS = 1e-6
 DTYPES = (torch.float32, torch.bfloat16)
@@ -120,6 +121,8 @@ class CpuOps:
         self.bf16 = dtype == torch.bfloat16
         self.threads = torch.get_num_threads() if threads is None else threads
         self.lib: Any = native.lib
+        if self.threads > 1:
+            spin_briefly(self.threads)
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> Packed | Packed8:
         narrow = self.int8 and weight.shape[1] >= WIDE

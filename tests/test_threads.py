@@ -1,0 +1,53 @@
+"""Threads of the CPU engine on a machine that others use too."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from presto_rt import native
+from presto_rt.engine.threads import openmp
+
+BUSY = "import os, time\nparent = os.getppid()\nwhile os.getppid() == parent: pass\n"
+SHARED = """
+import os, subprocess, sys, time
+import torch
+from presto_rt.engine.cpu import CpuOps
+from presto_rt.engine.threads import limited
+
+torch.manual_seed(0)
+x, w = torch.randn(1, 64, 256), torch.randn(256, 256)
+
+def spent(threads):
+    ops = CpuOps(threads=threads)
+    packed, out = ops.pack(w, None), torch.empty(1, 64, 256)
+    with torch.inference_mode(), limited(threads):
+        for turn in range(2):
+            begin = time.process_time()
+            for _ in range(300):
+                ops.activation(ops.linear(x, packed, None), 1, out)
+        return time.process_time() - begin
+
+one = spent(1)
+busy = [subprocess.Popen([sys.executable, "-c", sys.argv[1]]) for _ in range(os.cpu_count() - 1)]
+time.sleep(0.3)
+print(one, spent(os.cpu_count()))
+for process in busy:
+    process.kill()
+"""
+
+
+@pytest.mark.skipif(native.lib is None, reason=f"no C++ operators: {native.why}")
+def test_waiting_for_a_thread_that_has_no_processor_does_not_burn_another() -> None:
+    """All processors but one are busy with something else. The processor time of 600 small operators on all threads
+    stays near that on one thread; with OpenMP's own way of waiting it is a hundred times as much."""
+    if openmp() is None or not 2 <= (os.cpu_count() or 1) <= 16:
+        pytest.skip("needs GNU's OpenMP and 2 to 16 processors")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run([sys.executable, "-c", SHARED, BUSY], env=clean, capture_output=True, text=True, check=True,
+                          timeout=100)  # fmt: skip
+    one, several = map(float, done.stdout.split())
+    assert several < 10 * one + 0.2
