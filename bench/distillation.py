@@ -1,5 +1,6 @@
 """The tables of the distillations: `python bench/distillation.py row NAME` trains what a row needs and judges it,
-`python bench/distillation.py` writes docs/results.md and its plots from bench/results/distillation.json.
+`latency` times the plans of all measured rows turn about, `python bench/distillation.py` alone writes docs/results.md
+and its plots from bench/results/distillation.json.
 
 Rows that were not measured say so. `commands` lists every row with its command and fills docs/distillation.md.
 """
@@ -32,19 +33,19 @@ class Entry:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def few(label: str, training: str, steps: int = 4) -> Entry:
+def few(label: str, training: str, steps: int = 4, **more: Any) -> Entry:
     """A few-step model at `steps`."""
-    return Entry(f"{label}, {steps} step{'s' * (steps > 1)}", training, {**FEW, "steps": steps})
+    return Entry(f"{label}, {steps} step{'s' * (steps > 1)}", training, {**FEW, "steps": steps, **more})
 
 
 REFERENCE = Entry(TEACHER, "base", {"steps": 40, "sampler": "heun", "guidance": 2.0})
 METHODS = (("Presto-S", "presto-s"), ("no GAN", "no-gan"), ("DMD2-style", "dmd2"), ("consistency", "consistency"))
 TABLES: dict[str, tuple[str, list[Entry]]] = {
     "layers": (
-        "Fewer layers, all at the base model's own sampler",
-        [Entry("full depth", "base")]
+        "Fewer layers, all at 16 steps of the base model's own sampler",
+        [Entry("full depth", "base", {"steps": 16})]
         + [
-            Entry(f"{label}, {budget}", training, {"layers": budget})
+            Entry(f"{label}, {budget}", training, {"steps": 16, "layers": budget})
             for budget in BUDGETS
             for label, training in (("ASE", "ase"), ("Presto-L", "presto-l"))
         ],
@@ -52,7 +53,7 @@ TABLES: dict[str, tuple[str, list[Entry]]] = {
     "ingredients": (
         "Presto-L without one ingredient each, half of the layers",
         [
-            Entry(f"{label}, 50%", training, {"layers": "50%"})
+            Entry(f"{label}, 50%", training, {"steps": 16, "layers": "50%"})
             for label, training in (
                 ("Presto-L", "presto-l"), ("no shifted drop", "no-shift"), ("no budget input", "no-budget"),
                 ("no self-teacher", "no-self-teacher"), ("ASE", "ase"),
@@ -73,9 +74,9 @@ TABLES: dict[str, tuple[str, list[Entry]]] = {
     ),
     "both": (
         "Both",
-        [REFERENCE, few("Presto-S", "presto-s"), few("Presto-LS 70%", "presto-ls"),
-         few("Presto-LS 70%", "presto-ls", 1),
-         few("Presto-LS 70%, fake score drops layers", "presto-ls-fake-layers")],
+        [REFERENCE, few("Presto-S", "presto-s"), few("Presto-LS 70%", "presto-ls", layers="70%"),
+         few("Presto-LS 70%", "presto-ls", 1, layers="70%"),
+         few("Presto-LS 70%, fake score drops layers", "presto-ls-fake-layers", layers="70%")],
     ),
 }  # fmt: skip
 ENTRIES = {entry.name: entry for _, entries in TABLES.values() for entry in entries}
@@ -113,6 +114,32 @@ def measure(name: str, a: argparse.Namespace) -> None:
                     seconds=a.seconds, reference_count=a.reference, latency_seconds=a.latency_seconds,
                     repeats=a.repeats, device=a.device)  # fmt: skip
     print(markdown(table, [label]))
+
+
+def time_rows(a: argparse.Namespace) -> None:
+    """Latency of every measured row, all in one run. The time of a plan does not depend on what the weights have
+    learned, so the shipped models (or `--timed`) stand in: the first for the base model's sampler, the second for few
+    steps."""
+    import json
+
+    from presto_rt.evaluation.compare import latencies, read, write
+    from presto_rt.pipeline import load
+
+    table = read(a.results)
+    models = [load(name, device=a.device) for name in a.timed]
+    plans: dict[str, tuple[Any, dict[str, Any]]] = {}
+    rows: dict[str, str] = {}
+    for name in table["rows"]:
+        options = ENTRIES[name.partition(" (training seed ")[0]].options
+        is_few = options.get("sampler") == FEW["sampler"]
+        rows[name] = json.dumps([is_few, options], sort_keys=True)
+        plans[rows[name]] = (models[is_few], options)
+    found = dict(zip(plans, latencies(list(plans.values()), a.latency_seconds, a.repeats), strict=True))
+    table = read(a.results)  # rows may have come meanwhile
+    for name, key in rows.items():
+        table["rows"][name]["latency"] = found[key]
+        print(f"{name}: {found[key]['total']:.3f} s")
+    write(table, a.results)
 
 
 def report(results: Path, output: Path) -> None:
@@ -166,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     from presto_rt.training import settings
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", nargs="?", default="report", choices=("report", "row", "commands"))
+    parser.add_argument("job", nargs="?", default="report", choices=("report", "row", "latency", "commands"))
     parser.add_argument("name", nargs="?", default="", help="the row's name")
     parser.add_argument("--minutes", type=float, help="training budget (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0, help="training seed")
@@ -181,13 +208,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--reference", type=int, default=400)
     parser.add_argument("--latency-seconds", type=float, default=32.0)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="timed clips of a row; 0: time none, `latency` does")
+    parser.add_argument(
+        "--timed", nargs=2, default=["nano-base", "nano"], metavar=("BASE", "FEW"), help="models that `latency` times"
+    )
     parser.add_argument("--out", default="runs/distillation", help="clips are kept here")
     parser.add_argument("--results", type=Path, default=FILE)
     parser.add_argument("--report", type=Path, default=ROOT / "docs" / "results.md")
     a = parser.parse_args(arguments)
     if a.job == "row":
         measure(a.name, a)
+    elif a.job == "latency":
+        time_rows(a)
     elif a.job == "commands":
         replace_section(ROOT / "docs" / "distillation.md", "commands", commands())
     else:

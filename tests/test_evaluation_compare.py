@@ -103,6 +103,22 @@ def test_report_and_plots(bench: ModuleType, tmp_path: Path) -> None:
     assert plot({"rows": {}}, {"x": ["y"]}, "nfe", tmp_path / "x.png") is False
 
 
+def test_all_rows_are_timed_in_one_run(bench: ModuleType, tmp_path: Path) -> None:
+    """Rows with the same plan share a figure, other plans have their own; nothing else of a row changes."""
+    file, tiny = tmp_path / "some.json", str(write_tiny_model(tmp_path / "tiny"))
+    names = ["Presto-S, 4 steps", "no GAN, 4 steps", "Presto-S, 1 step (training seed 1)", "ASE, 50%"]
+    before = {"settings": {}, "rows": {name: measured(0.02, 4, 0.5) for name in names}}
+    file.write_text(json.dumps(before))
+    bench.main(["latency", "--results", str(file), "--timed", tiny, tiny, "--latency-seconds", "0.4", "--repeats", "3",
+                "--device", "cpu"])  # fmt: skip
+    rows = comparing.read(file)["rows"]
+    first, same, other, layers = (rows[name].pop("latency") for name in names)
+    assert first == same
+    assert len({first["total"], other["total"], layers["total"]}) == 3
+    assert all(0 < t["decode"] < t["total"] <= t["p90"] for t in (first, other, layers))
+    assert rows == {name: {k: v for k, v in measured(0.02, 4, 0.5).items() if k != "latency"} for name in names}
+
+
 def test_every_row_of_every_table_is_a_documented_command(bench: ModuleType) -> None:
     from presto_rt.distill.recipe import TRAININGS
 
@@ -130,7 +146,7 @@ def test_a_row_trains_packs_and_judges(bench: ModuleType, tmp_path: Path, monkey
     how = ["--teacher", tiny, "--codec", tiny, "--device", "cpu", "--minutes", "0.001", "--seed", "1"]
     bench.main(["row", name, *where, *how])
     assert judged == [Row(f"{name} (training seed 1)", str(tmp_path / "out" / "presto-ls-seed1"),
-                          {"sampler": "few_step", "guidance": 1.0, "steps": 4})]  # fmt: skip
+                          {"sampler": "few_step", "guidance": 1.0, "steps": 4, "layers": "70%"})]  # fmt: skip
     assert (tmp_path / "runs" / "presto-l-seed1" / "checkpoint.safetensors").is_file()
     model = load(judged[0].model, dtype="float32")
     assert (model.defaults.steps, model.defaults.sampler, model.defaults.layers) == (4, "few_step", "70%")

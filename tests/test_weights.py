@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from models import write_tiny_model
 
 from presto_rt import weights
 from presto_rt.errors import OutputError, WeightsError
+from presto_rt.training.pack import pack
 
 
 def test_round_trip_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,3 +84,16 @@ def test_two_models_share_a_codec(tmp_path: Path) -> None:
         weights.load(tmp_path / "there" / "b")
     with pytest.raises(WeightsError, match="of its own"):
         weights.save(tmp_path / "c", {}, {}, shared={"codec": tmp_path / "there" / "b"})
+
+
+def test_a_taken_codec_keeps_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing a model again, codec and all, leaves what shares the codec with it whole."""
+    monkeypatch.setattr(weights, "SHARD_BYTES", 1_000)
+    first, other = write_tiny_model(tmp_path / "a"), tmp_path / "b"
+    pack(other, codec_run=first, base_run=first, defaults={}, share_codec=True)
+    pack(tmp_path / "a.again", codec_run=first, base_run=other, defaults={})
+    shutil.rmtree(first)
+    (tmp_path / "a.again").rename(first)
+    assert weights.load(other).parts["codec"].keys() == weights.load(first).parts["codec"].keys()
+    pack(tmp_path / "c", codec_run=other, base_run=other, defaults={})  # through the folder that shares it
+    assert weights.load(tmp_path / "c").parts["codec"].keys() == weights.load(first).parts["codec"].keys()

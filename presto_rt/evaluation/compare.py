@@ -69,13 +69,22 @@ def plan_facts(model: Any, options: dict[str, Any], seconds: float) -> dict[str,
             "nfe": len(levels), "passes": passes, "blocks": run / (passes * model.config.blocks)}  # fmt: skip
 
 
-def latency(model: Any, options: dict[str, Any], seconds: float, repeats: int) -> dict[str, Any]:
-    """Seconds from prompt to samples, by stage: median, and p90 of the total, after one warm-up."""
-    model.generate(PROMPT, seconds=seconds, seed=0, **options)
-    runs = [model.generate(PROMPT, seconds=seconds, seed=i, **options).timings for i in range(1, repeats + 1)]
-    totals = sorted(run["total"] for run in runs)
-    stages = {stage: statistics.median(run[stage] for run in runs) for stage in STAGES}
-    return {"seconds": seconds, "repeats": repeats, "p90": totals[min(repeats - 1, int(0.9 * repeats))], **stages}
+def latencies(plans: Sequence[tuple[Any, dict[str, Any]]], seconds: float, repeats: int) -> list[dict[str, Any]]:
+    """Seconds from prompt to samples of every (model, options of generate), by stage: median, and p90 of the total.
+
+    One warm-up each, then turn about, so that what else the machine does falls on all alike.
+    """
+    runs: list[list[dict[str, float]]] = [[] for _ in plans]
+    for i in range(repeats + 1):
+        for (model, options), mine in zip(plans, runs, strict=True):
+            mine.append(model.generate(PROMPT, seconds=seconds, seed=i, **options).timings)
+    found = []
+    for mine in (times[1:] for times in runs):
+        totals = sorted(run["total"] for run in mine)
+        stages = {stage: statistics.median(run[stage] for run in mine) for stage in STAGES}
+        p90 = totals[min(repeats - 1, int(0.9 * repeats))]
+        found.append({"seconds": seconds, "repeats": repeats, "p90": p90, **stages})
+    return found
 
 
 def compare(rows: Sequence[Row], data_root: str | Path, out: str | Path, *, results: str | Path | None = None,
@@ -85,7 +94,8 @@ def compare(rows: Sequence[Row], data_root: str | Path, out: str | Path, *, resu
     """Judge rows and add them to `results` (default `out`/comparison.json); returns the whole file's content.
 
     Prompts, crops and noise depend on `seed` and the data alone, so rows of different calls are comparable; the file
-    refuses rows of other settings. Clips are kept below `out`. latency_seconds: length of the clips that are timed.
+    refuses rows of other settings. Clips are kept below `out`. latency_seconds: length of the clips that are timed,
+    `repeats` times; 0: not here (`bench/distillation.py latency` times all rows turn about).
     """
     from presto_rt.pipeline import load
 
@@ -110,17 +120,15 @@ def compare(rows: Sequence[Row], data_root: str | Path, out: str | Path, *, resu
             folder = Path(out) / "clips" / "".join(c if c.isalnum() else "-" for c in row.name)
             prompts = [record["prompt"] for record in records]
             clips = generated(model, prompts, folder, seconds=seconds, seed=seed, batch=batch, **row.options)
-            entry["latency"] = latency(model, row.options, latency_seconds, repeats)
+            if repeats:
+                entry["latency"] = latencies([(model, row.options)], latency_seconds, repeats)[0]
         judged = evaluate({row.name: clips}, records, reference, reference_meta=reference_records, workers=workers,
                           keep=root / "heard")  # fmt: skip
         entry |= {"measures": judged["sets"][row.name], "environment": environment()}
         log.info("judged %s", row.name)
         table = read(file)  # another call may have added rows meanwhile
         table = {"settings": settings, "rows": {**table["rows"], row.name: entry}}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(f".{os.getpid()}.tmp")
-        fresh.write_text(json.dumps(table, indent=1) + "\n")
-        fresh.replace(file)
+        write(table, file)
     return table
 
 
@@ -128,6 +136,14 @@ def read(file: str | Path) -> dict[str, Any]:
     """A comparison file; an empty table where there is none."""
     path = Path(file)
     return json.loads(path.read_text()) if path.is_file() else {"settings": {}, "rows": {}}
+
+
+def write(table: dict[str, Any], file: Path) -> None:
+    """A comparison file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_suffix(f".{os.getpid()}.tmp")
+    fresh.write_text(json.dumps(table, indent=1) + "\n")
+    fresh.replace(file)
 
 
 HEADER = ["row", "NFE", "network passes", "blocks, %", "KID x1000", "MMD x1000", "instruments, AUC", "tempo, %",
@@ -146,8 +162,8 @@ def markdown(table: dict[str, Any], names: Sequence[str] | None = None) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    m, plan, time = row["measures"], row.get("plan"), row.get("latency")
-    spread = m["prdc"]
+    m, plan = row["measures"], row.get("plan")
+    time, spread = row.get("latency"), m["prdc"]
     return [
         str(plan["nfe"]) if plan else "-",
         str(plan["passes"]) if plan else "-",
@@ -185,8 +201,9 @@ def plot(table: dict[str, Any], groups: dict[str, Sequence[str]], by: str, path:
     def place(row: dict[str, Any]) -> float:
         return float(row["plan"]["nfe"] if by == "nfe" else row["latency"]["total"])
 
+    needed = "plan" if by == "nfe" else "latency"
     measured = {
-        group: sorted((table["rows"][n] for n in names if "plan" in table["rows"].get(n, {})), key=place)
+        group: sorted((table["rows"][n] for n in names if needed in table["rows"].get(n, {})), key=place)
         for group, names in groups.items()
     }
     if not any(measured.values()):
@@ -198,8 +215,10 @@ def plot(table: dict[str, Any], groups: dict[str, Sequence[str]], by: str, path:
             value = [1000 * k["value"] for k in kid]
             error = [[1000 * (k["value"] - k["low"]) for k in kid], [1000 * (k["high"] - k["value"]) for k in kid]]
             axis.errorbar([place(row) for row in rows], value, error, marker="o", capsize=2, label=group)
-    seconds = next(row["latency"]["seconds"] for rows in measured.values() for row in rows)
-    label = "evaluations of the denoiser (NFE)" if by == "nfe" else f"latency of {seconds:g} s of stereo, s"
+    label = "evaluations of the denoiser (NFE)"
+    if by == "latency":
+        seconds = next(row["latency"]["seconds"] for rows in measured.values() for row in rows)
+        label = f"latency of {seconds:g} s of stereo, s"
     axis.set(xscale="log", xlabel=label, ylabel="KID x1000 (lower is better)")
     axis.legend()
     figure.tight_layout()

@@ -25,13 +25,17 @@ def pack(output: str | Path, *, codec_run: str | Path, base_run: str | Path, def
     quality: measured figures of plans, which `deadline_ms` goes by. share_codec: leave the codec's files in the
     weights folder `codec_run`, for both. Raises InvalidInput, WeightsError or OutputError.
     """
-    codec_config, codec = _codec(codec_run)
     dit, config = _network(base_run)
-    config |= {"codec": codec_config, "defaults": {**config["defaults"], **defaults}, "quality": quality or []}
-    if share_codec:
-        weights.save(output, config, {"dit": dit}, shared={"codec": codec_run})
+    config |= {"defaults": {**config["defaults"], **defaults}, "quality": quality or []}
+    final = Path(codec_run) / "final"
+    if final.is_dir() and not share_codec:
+        codec = load_codec(final)
+        config["codec"] = codec.config.to_dict()
+        weights.save(output, config, {"dit": dit, "codec": weights.narrow(codec.state_dict(), torch.float16)})
     else:
-        weights.save(output, config, {"dit": dit, "codec": codec})
+        config["codec"] = weights.load(codec_run).config["codec"]  # its files are checked here
+        taken = {"codec": codec_run}
+        weights.save(output, config, {"dit": dit}, **{"shared" if share_codec else "copied": taken})
 
 
 def pack_network(output: str | Path, run: str | Path) -> None:
@@ -53,11 +57,3 @@ def _network(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config = {"model": meta["config"], "defaults": meta.get("defaults", {}), "layers": meta.get("layers", {}),
               "training": training}  # fmt: skip
     return weights.narrow(part(tensors, "ema"), torch.bfloat16), config
-
-
-def _codec(where: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if (Path(where) / "final").is_dir():
-        codec = load_codec(Path(where) / "final")
-        return codec.config.to_dict(), weights.narrow(codec.state_dict(), torch.float16)
-    loaded = weights.load(where)
-    return loaded.config["codec"], loaded.parts["codec"]

@@ -92,11 +92,14 @@ def narrow(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def save(folder: str | os.PathLike[str], config: dict[str, Any], parts: dict[str, dict[str, Tensor]],
-         shared: dict[str, str | os.PathLike[str]] | None = None) -> None:  # fmt: skip
+         shared: dict[str, str | os.PathLike[str]] | None = None,
+         copied: dict[str, str | os.PathLike[str]] | None = None) -> None:  # fmt: skip
     """Write a weights folder, each tensor in its own dtype.
 
-    shared: parts that are not written but taken from another weights folder or shipped model. A new folder is written
-    beside the old one and renamed over it. Raises OutputError; WeightsError where a shared part is not there.
+    shared: parts that are not written but stay in another weights folder or shipped model, for both; copied: parts
+    whose files are taken over from there byte by byte, so that what shares them with this folder still can. A new
+    folder is written beside the old one and renamed over it. Raises OutputError; WeightsError where such a part is not
+    there.
     """
     from safetensors.torch import save as to_bytes
 
@@ -105,9 +108,14 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], parts: dict[str
     shutil.rmtree(fresh, ignore_errors=True)
     files: dict[str, dict[str, Any]] = {}
     for part, source in (shared or {}).items():
-        files |= _borrowed(part, locate(source), target)
+        lead = Path(os.path.relpath(locate(source).resolve(), target.resolve()))
+        files |= {(lead / name).as_posix(): entry for name, entry in _files(part, source, own=True).items()}
     try:
         fresh.mkdir(parents=True)
+        for part, source in (copied or {}).items():
+            for name, entry in _files(part, source).items():
+                shutil.copyfile(locate(source) / name, fresh / Path(name).name)
+                files[Path(name).name] = entry
         for part, tensors in parts.items():
             stored = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
             for number, shard in enumerate(_shards(stored), 1):
@@ -124,13 +132,14 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], parts: dict[str
         raise OutputError(f"cannot write weights to {target}: {error.strerror or error}") from error
 
 
-def _borrowed(part: str, source: Path, target: Path) -> dict[str, dict[str, Any]]:
-    """The file table of a part that lies in `source`, as `target` names it."""
-    table = json.loads((source / "config.json").read_text())["files"]
-    lead = Path(os.path.relpath(source.resolve(), target.resolve()))
-    found = {(lead / name).as_posix(): entry for name, entry in table.items() if name.startswith(f"{part}-")}
+def _files(part: str, source: str | os.PathLike[str], own: bool = False) -> dict[str, dict[str, Any]]:
+    """The rows of a part in the file table of `source`; own: only of files that lie there and are not shared
+    themselves. Raises WeightsError where there is none."""
+    folder = locate(source)
+    table = json.loads((folder / "config.json").read_text())["files"]
+    found = {n: row for n, row in table.items() if Path(n).name.startswith(f"{part}-") and not (own and "/" in n)}
     if not found:
-        raise WeightsError(f"{source} has no part {part!r} of its own to share")
+        raise WeightsError(f"{folder} has no part {part!r}{' of its own to share' if own else ''}")
     return found
 
 
