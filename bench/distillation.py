@@ -38,6 +38,7 @@ def few(label: str, training: str, steps: int = 4, **more: Any) -> Entry:
     return Entry(f"{label}, {steps} step{'s' * (steps > 1)}", training, {**FEW, "steps": steps, **more})
 
 
+SHIPPED = "nano"  # no training, the model that comes with the package
 REFERENCE = Entry(TEACHER, "base", {"steps": 40, "sampler": "heun", "guidance": 2.0})
 METHODS = (("Presto-S", "presto-s"), ("no GAN", "no-gan"), ("DMD2-style", "dmd2"), ("consistency", "consistency"))
 TABLES: dict[str, tuple[str, list[Entry]]] = {
@@ -64,7 +65,8 @@ TABLES: dict[str, tuple[str, list[Entry]]] = {
         "Fewer steps",
         [REFERENCE]
         + [Entry(f"teacher, {n} step{'s' * (n > 1)}", "base", {"steps": n}) for n in STEPS]
-        + [few(label, training, n) for label, training in METHODS for n in STEPS],
+        + [few(label, training, n) for label, training in METHODS for n in STEPS]
+        + [few("shipped nano, all layers", SHIPPED, n, layers="100%") for n in STEPS],
     ),
     "noise": (
         "Which noise levels each loss draws, and what the fake score knows; Presto-S with one change, 4 steps",
@@ -74,29 +76,36 @@ TABLES: dict[str, tuple[str, list[Entry]]] = {
     ),
     "both": (
         "Both",
-        [REFERENCE, few("Presto-S", "presto-s"), few("Presto-LS 70%", "presto-ls", layers="70%"),
+        [REFERENCE, few("Presto-S", "presto-s"), few("shipped nano, all layers", SHIPPED, layers="100%"),
+         few("Presto-LS 70%", "presto-ls", layers="70%"),
          few("Presto-LS 70%", "presto-ls", 1, layers="70%"),
+         few("Presto-S, then layers 70%", "presto-sl", layers="70%"),
+         few("Presto-S, then layers 70%", "presto-sl", 1, layers="70%"),
          few("Presto-LS 70%, fake score drops layers", "presto-ls-fake-layers", layers="70%")],
     ),
 }  # fmt: skip
 ENTRIES = {entry.name: entry for _, entries in TABLES.values() for entry in entries}
 LINES = {"teacher": [e.name for e in ENTRIES.values() if e.training == "base" and "teacher" in e.name]} | {
     label: [few(label, training, n).name for n in STEPS] for label, training in METHODS
-} | {"Presto-LS": [few("Presto-LS 70%", "presto-ls", n).name for n in (1, 4)]}  # fmt: skip
+} | {"shipped nano": [few("shipped nano, all layers", SHIPPED, n).name for n in STEPS],
+     "Presto-LS": [few("Presto-LS 70%", "presto-ls", n).name for n in (1, 4)]}  # fmt: skip
 
 
 def measure(name: str, a: argparse.Namespace) -> None:
     """Train what the row needs (going on where it was), pack it, judge it."""
     from presto_rt.distill.recipe import run_folder, train
-    from presto_rt.evaluation.compare import Row, compare, markdown
+    from presto_rt.evaluation.compare import Row
     from presto_rt.training import settings
     from presto_rt.training.pack import pack
 
     if name not in ENTRIES:
         raise SystemExit(f"no row {name!r}; there are: " + "; ".join(ENTRIES))
     entry = ENTRIES[name]
+    if entry.training == SHIPPED:
+        return judge(Row(name, SHIPPED, entry.options), a)
     chain = ["base"] if a.teacher is None else []
     chain += ["presto-l"] if entry.training.startswith("presto-ls") else []
+    chain += ["presto-s"] if entry.training == "presto-sl" and not a.teacher else []
     chain += [entry.training] if entry.training != "base" else []
     for training in chain:
         own = training == entry.training
@@ -110,10 +119,17 @@ def measure(name: str, a: argparse.Namespace) -> None:
     few_step = entry.options.get("sampler") == FEW["sampler"]  # a few-step model brings its defaults along
     pack(packed, codec_run=a.codec, base_run=run, defaults={} if few_step else SAMPLING)
     label = name if not a.seed else f"{name} (training seed {a.seed})"
-    table = compare([Row(label, str(packed), entry.options)], a.data, a.out, results=a.results, count=a.count,
-                    seconds=a.seconds, reference_count=a.reference, latency_seconds=a.latency_seconds,
-                    repeats=a.repeats, device=a.device)  # fmt: skip
-    print(markdown(table, [label]))
+    judge(Row(label, str(packed), entry.options), a)
+
+
+def judge(row: Any, a: argparse.Namespace) -> None:
+    """Add a row to the results, and show it."""
+    from presto_rt.evaluation.compare import compare, markdown
+
+    table = compare([row], a.data, a.out, results=a.results, count=a.count, seconds=a.seconds,
+                    reference_count=a.reference, latency_seconds=a.latency_seconds, repeats=a.repeats,
+                    device=a.device)  # fmt: skip
+    print(markdown(table, [row.name]))
 
 
 def time_rows(a: argparse.Namespace) -> None:

@@ -69,11 +69,14 @@ def moved(before: DiT, after: torch.nn.Module) -> float:
 
 @pytest.mark.parametrize("method", layers.METHODS)
 def test_every_layer_method_trains(method: str, data_root: Path, tmp_path: Path, teacher: DiT) -> None:
-    trainer = layer_trainer(data_root, tmp_path, teacher, method)
+    trainer, seen = layer_trainer(data_root, tmp_path, teacher, method, budgets=(0.5,)), set[str]()
     for _ in range(3):
         logged = trainer.train_step(0.5)
         assert all(math.isfinite(v) for v in logged.values())
+        seen |= set(logged) - {"loss"}
     assert moved(teacher, trainer.model) > 0
+    expected = {"ase": {"denoising"}, "no-self-teacher": {"denoising"}, "generator": {"generator"}}
+    assert seen == expected.get(method, {"denoising", "self_teacher"})
     assert trainer.step == 3
     assert trainer.frames_seen == 3 * 96
     for name, schedule in trainer.schedules().items():
@@ -174,6 +177,29 @@ def test_levels_of_a_step_run_the_same_blocks(data_root: Path, tmp_path: Path, t
         assert len(blocks) == 1
         seen |= blocks
     assert len(seen) > 1
+
+
+def test_a_generator_loses_layers(data_root: Path, tmp_path: Path, teacher: DiT) -> None:
+    """It comes nearer to its own full depth, which stays frozen, and is packed as a few-step model of fewer layers."""
+    trainer = layer_trainer(data_root, tmp_path, teacher, "generator", learning_rate=2e-3, budgets=(0.5,))
+    x, condition = trainer.val_set.batch(np.random.default_rng(0), 4, 24, 0.0)
+    sigma = torch.full((4,), 20.0)
+
+    def distance() -> float:
+        with torch.no_grad():
+            short = trainer.denoise(x, sigma, condition, trainer.schedule(0.5))
+            whole = precondition(teacher, x, sigma, condition, kind="edm", sigma_data=0.5)
+        return float((short - whole).square().mean())
+
+    before = distance()
+    for _ in range(60):
+        trainer.train_step(0.5)
+    assert distance() < 0.5 * before
+    assert moved(teacher, trainer.teacher) == 0
+    defaults = trainer.describe()["defaults"]
+    assert defaults == {"steps": 4, "sampler": "few_step", "guidance": 1.0, "layers": "70%"}
+    with pytest.raises(InvalidInput, match="self_teacher=false"):
+        layers.settings("presto-l", 1.0, generator=True)
 
 
 def test_generator_runs_each_clip_with_its_own_blocks(data_root: Path, tmp_path: Path, teacher: DiT) -> None:

@@ -124,7 +124,7 @@ def test_every_row_of_every_table_is_a_documented_command(bench: ModuleType) -> 
 
     text = (ROOT / "docs" / "distillation.md").read_text()
     assert bench.commands() in text
-    assert {entry.training for entry in bench.ENTRIES.values()} <= set(TRAININGS)
+    assert {entry.training for entry in bench.ENTRIES.values()} <= set(TRAININGS) | {bench.SHIPPED}
     for _, entries in bench.TABLES.values():
         for entry in entries:
             assert bench.ENTRIES[entry.name] == entry  # one name means one thing in all tables

@@ -8,7 +8,10 @@ from typing import Any
 from presto_rt.training import settings
 
 JOBS = {
-    "layers": ("run with fewer blocks (Presto-L)", "presto-l, ase, no-shift, no-budget or no-self-teacher"),
+    "layers": (
+        "run with fewer blocks (Presto-L)",
+        "presto-l, ase, no-shift, no-budget, no-self-teacher; generator for a few-step model",
+    ),
     "steps": (
         "sample in a few steps (Presto-S)",
         "presto-s, dmd2, no-gan, consistency, or an ablation (docs/distillation.md)",
@@ -24,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
     for name, (what, methods) in JOBS.items():
         p = jobs.add_parser(name, help=what)
         p.add_argument(
-            "--teacher", default="nano", help="a shipped model, a weights folder, a run folder or checkpoint"
+            "--teacher", default="nano-base", help="a shipped model, a weights folder, a run folder or checkpoint"
         )
         p.add_argument("--method", default="presto-l" if name == "layers" else "presto-s", help=methods)
         p.add_argument(

@@ -6,6 +6,11 @@ A schedule gives each noise level the blocks that run; the loss is the denoising
 
 Presto-L keeps the last block and drops the ones before it (shift), tells the network its budget (budget input), and
 learns from its own full depth (self-teacher).
+
+A few-step generator can lose layers too (Presto-S, then layers). It samples, so there is no denoising error: the target
+is the generator's own answer before it lost any, at the levels of its sampler,
+
+    lambda(s) |G_b(x + s n; s, c) - G(x + s n; s, c)|^2                            (method "generator")
 """
 
 from __future__ import annotations
@@ -19,25 +24,30 @@ import torch
 from torch import Tensor
 
 from ..diffusion.precond import loss_weight, precondition
-from ..diffusion.schedule import P_MEAN, P_STD, LayerSchedule, budget_schedule, training_levels
+from ..diffusion.schedule import LayerSchedule, budget_schedule
 from ..errors import InvalidInput
 from ..models.dit import Condition, DiT, drop_text
 from ..training.base import draw_batch, held_out_error
 from ..training.common import Ema
 from ..training.loop import adamw, compile_blocks
+from .levels import draw_levels
 from .losses import weighted_error
 from .trainer import Distiller
 
 
 @dataclass(frozen=True)
 class LayerDistillation:
-    """Settings; the defaults are Presto-L. budgets: shares of blocks that are trained, one drawn for each step."""
+    """Settings; the defaults are Presto-L. budgets: shares of blocks that are trained, one drawn for each step.
+
+    generator: the teacher is a few-step generator, whose answers are the only target.
+    """
 
     minutes: float
     budgets: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 1.0)
     shifted: bool = True
     budget_input: bool = True
     self_teacher: bool = True
+    generator: bool = False
     learning_rate: float = 1e-4
     tokens: int = 2_048
     frames: tuple[tuple[int, float], ...] = ((128, 0.6), (256, 0.25), (689, 0.15))
@@ -52,10 +62,15 @@ class LayerDistillation:
     def __post_init__(self) -> None:
         if not self.budgets or not all(0.25 <= share <= 1 for share in self.budgets):
             raise InvalidInput(f"layer budgets must be shares from 0.25 to 1, not {self.budgets}")
+        if self.generator and self.self_teacher:
+            raise InvalidInput("a generator learns from its teacher alone: set self_teacher=false with generator=true")
 
 
 #: latent frames in a batch on a CUDA GPU
 GPU_TOKENS = 65_536
+
+#: the layers that a packed generator runs by default
+GENERATOR_BUDGET = "70%"
 
 #: the methods that are compared, as changes of the default
 METHODS: dict[str, dict[str, Any]] = {
@@ -64,6 +79,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "no-shift": {"shifted": False},
     "no-budget": {"budget_input": False},
     "no-self-teacher": {"self_teacher": False},
+    "generator": {"generator": True, "self_teacher": False, "text_dropout": 0.0},
 }
 
 
@@ -86,11 +102,16 @@ class LayerTrainer(Distiller):
                  device: str = "auto") -> None:  # fmt: skip
         super().__init__(data_root, run_dir, teacher.config, options, device)
         self.model = copy.deepcopy(teacher).to(self.device).requires_grad_(True)
+        self.teacher = copy.deepcopy(teacher).to(self.device).requires_grad_(False) if options.generator else self.model
         self.ema = Ema(self.model, options.ema_decay)
         self.modules = {"model": self.model}
         self.optimizers = {"model": adamw(self.model, options.learning_rate, (0.9, 0.98), 0.0)}
         self.budgets = [self.schedule(share) for share in options.budgets]
         compile_blocks(self.model, always=options.compile)
+
+    def sampling(self) -> dict[str, Any]:
+        few = {"steps": 4, "sampler": "few_step", "guidance": 1.0, "layers": GENERATOR_BUDGET}
+        return few if self.options.generator else {}
 
     def schedules(self) -> dict[str, LayerSchedule]:
         return {f"{share:.0%}": self.schedule(share) for share in self.options.budgets}
@@ -101,10 +122,11 @@ class LayerTrainer(Distiller):
                                 rho=c.rho)  # fmt: skip
         return replace(plain, told=o.budget_input)
 
-    def denoise(self, x: Tensor, sigma: Tensor, condition: Condition, layers: LayerSchedule) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor, condition: Condition, layers: LayerSchedule,
+                model: DiT | None = None) -> Tensor:  # fmt: skip
         """D at levels (B,) that all run the same blocks of `layers`."""
         first = float(sigma[0])
-        return precondition(self.model, x, sigma, condition, layers.blocks(first), layers.budget(first),
+        return precondition(model or self.model, x, sigma, condition, layers.blocks(first), layers.budget(first),
                             kind=self.config.network, sigma_data=self.config.sigma_data)  # fmt: skip
 
     def train_step(self, progress: float) -> dict[str, float]:
@@ -117,28 +139,28 @@ class LayerTrainer(Distiller):
         sigma = self.levels_of_one_row(layers, len(x))
         noisy = x + sigma[:, None, None] * self.gaussian(x)
         weight, full = loss_weight(sigma, self.config.sigma_data), LayerSchedule.full(self.config.blocks)
+        losses = {}
         with torch.autocast(self.device.type, torch.bfloat16):
             short = self.denoise(noisy, sigma, condition, layers)
-            losses = {"denoising": weighted_error(short, x, weight)}
-            if o.self_teacher and layers.blocks(float(sigma[0])) != full.blocks(0.0):
+            if not o.generator:
+                losses["denoising"] = weighted_error(short, x, weight)
+            if o.generator or (o.self_teacher and layers.blocks(float(sigma[0])) != full.blocks(0.0)):
                 with torch.no_grad():
-                    target = self.denoise(noisy, sigma, condition, full)
-                losses["self_teacher"] = weighted_error(short, target, weight)
+                    target = self.denoise(noisy, sigma, condition, full, self.teacher)
+                losses["generator" if o.generator else "self_teacher"] = weighted_error(short, target, weight)
         loss = torch.stack(list(losses.values())).sum()
         loss.backward()
         self.update("model", o.learning_rate, progress, o.clip)
         self.count(x)
-        return {"loss": float(loss.detach()), "denoising": float(losses["denoising"].detach())}
+        return {"loss": float(loss.detach())} | {name: float(value.detach()) for name, value in losses.items()}
 
     def levels_of_one_row(self, schedule: LayerSchedule, count: int) -> Tensor:
-        """Levels of p(s_train) that all run the same blocks: one decides the row, the rest are drawn within it."""
-        first = training_levels(torch.rand(1, generator=self.generator, device=self.device).clamp(1e-4, 1 - 1e-4))
-        bounds = [0.0] + [upper for upper, _ in schedule.rows]
-        row = next(i for i, upper in enumerate(bounds[1:]) if float(first) <= upper)
-        ends = torch.tensor([max(bounds[row], 1e-6), min(bounds[row + 1], 1e6)]).log()
-        low, high = torch.special.ndtr((ends - P_MEAN) / P_STD).clamp(1e-4, 1 - 1e-4).tolist()
-        levels = training_levels(low + (high - low) * self.uniforms(count))
-        return levels.clamp(bounds[row] * (1 + 1e-6), bounds[row + 1] * (1 - 1e-6))  # rounding must not change the row
+        """Levels (count,) that all run the same blocks, so that a batch is one call: the first of many decides which,
+        and of the others those that agree are taken (over again, where they are too few)."""
+        drawn = draw_levels("inference" if self.options.generator else "train", self.uniforms(32 * count), self.config)
+        blocks = [schedule.blocks(s) for s in drawn.tolist()]
+        agreeing = torch.tensor([i for i, b in enumerate(blocks) if b == blocks[0]], device=drawn.device)
+        return drawn[agreeing.repeat(-(-count // len(agreeing)))[:count]]
 
     def validate(self) -> dict[str, float]:
         """Held-out error at 60 % of the blocks, with the blocks that each level runs."""

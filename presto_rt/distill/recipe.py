@@ -42,8 +42,9 @@ class Training:
 
 TRAININGS: dict[str, Training] = {
     "base": Training("base", "", 10.0),
-    **{name: Training("layers", name, 4.0) for name in layers.METHODS},
+    **{name: Training("layers", name, 4.0) for name in layers.METHODS if name != "generator"},
     **{name: Training("steps", name, 8.0) for name in steps.METHODS if name != "fake-layers"},
+    "presto-sl": Training("layers", "generator", 4.0),
     "presto-ls": Training("both", "presto-s", 8.0),
     "presto-ls-fake-layers": Training("both", "fake-layers", 8.0),
 }
@@ -61,7 +62,8 @@ def train(name: str, data: str | Path, runs: str | Path, *, teacher: str | Path 
     """Begin or go on with one training; True when its budget is used up.
 
     teacher: the base model's run or weights, `runs`/base unless it is given. Presto-LS starts from `runs`/presto-l
-    where that is there, and else drops layers itself. Raises InvalidInput, listing the names, for an unknown one.
+    where that is there, and else drops layers itself; Presto-SL from `runs`/presto-s, and else from `teacher`, which
+    then is a few-step model. Raises InvalidInput, listing the names, for an unknown one.
     """
     if name not in TRAININGS:
         raise InvalidInput(f"unknown training {name!r}; there are {', '.join(TRAININGS)}")
@@ -69,6 +71,8 @@ def train(name: str, data: str | Path, runs: str | Path, *, teacher: str | Path 
     total = what.minutes if minutes is None else minutes
     call: dict[str, Any] = {"device": device, "resume": True, "limit": limit, "seed": seed, **changes}
     source = teacher if teacher is not None else run_folder(runs, "base")
+    if name == "presto-sl" and used_minutes(few_step := run_folder(runs, "presto-s", seed)):
+        source = few_step
     student = run_folder(runs, "presto-l", seed)
     alone = what.job == "both" and used_minutes(student) == 0
     goal = total * (1 - layers_share(alone))

@@ -304,8 +304,8 @@ class StepTrainer(Distiller):
 
     def train_step(self, progress: float) -> dict[str, float]:
         """`fake_updates` of the fake score and the discriminator, then one of the generator."""
-        o, logged = self.options, {}
-        batches = []
+        o, batches = self.options, []
+        logged: dict[str, float] = {}
         for _ in range(0 if o.consistency else o.fake_updates):
             losses, x = self.backward(self.losses.fake_side)
             self.update("fake", o.fake_rate, progress, o.clip)
