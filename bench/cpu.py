@@ -2,9 +2,9 @@
 
 One process, one set of weights, one plan: the denoising trajectory by eager torch in fp32 and bf16, by torch.compile
 with freezing in both, by ONNX Runtime and OpenVINO where they are installed, and by the engine in fp32, bf16 and with
-int8 products, interleaved so that a busy moment meets all of them; with one thread and with all. Then the codec's
-network and the text encoder by eager torch and by the engine, the stages of a whole clip, the machine's own rates and
-the roofline that follows. Medians; wall clock; nothing is left out when ours is slower.
+int8 products, interleaved so that a busy moment meets all of them; with one thread and with all. Then whole clips, the
+codec's network and the text encoder by eager torch and by the engine, the stages of a whole clip, the machine's own
+rates and the roofline that follows. Medians; wall clock; nothing is left out when ours is slower.
 
 bench/operators.py times the operators one by one; bench/clips.py whole clips in processes of their own.
 """
@@ -15,7 +15,9 @@ import argparse
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from results import save, spread, table
@@ -124,6 +126,22 @@ def networks(a: argparse.Namespace, threads: int) -> dict[str, dict[str, Callabl
     }
 
 
+def whole_clips(a: argparse.Namespace, threads: int) -> dict[str, Callable[[], object]]:
+    """From prompt to samples: by torch alone, as if there were no C++ module, and by the engine."""
+    request = {"seconds": a.seconds, "steps": a.steps, "sampler": a.sampler, "guidance": a.guidance, "seed": 1}
+
+    def eager(model: Pipeline) -> object:
+        with mock.patch.object(native, "lib", None):
+            return model.generate(PROMPT, **request)
+
+    ways: dict[str, Callable[[], object]] = {}
+    for dtype in DTYPES:
+        ways[f"eager {dtype}"] = partial(eager, pipeline(a, threads, dtype, "torch"))
+    for dtype in (*DTYPES, "int8"):
+        ways[f"ours {dtype}"] = partial(pipeline(a, threads, dtype, "cpu").generate, PROMPT, **request)
+    return ways
+
+
 def rates(threads: int) -> dict[str, float]:
     """The machine's own: products in G operations a second in each dtype, copying in GB/s of bytes read and written."""
     out = {}
@@ -152,7 +170,8 @@ def whole(a: argparse.Namespace) -> Row:
             with limited(threads):
                 ways, missing = trajectories(a, threads)
                 scaling[threads] = interleaved(ways, a.repeats)
-                parts[threads] = {n: interleaved(w, a.repeats) for n, w in networks(a, threads).items()}
+                several = {"whole clip": whole_clips(a, threads), **networks(a, threads)}
+                parts[threads] = {n: interleaved(w, a.repeats) for n, w in several.items()}
         ours = pipeline(a, a.threads, "bf16", "cpu")
         plan = ours.plan(a.seconds, steps=a.steps, sampler=a.sampler, guidance=a.guidance)
         condition = ours._condition(plan, [PROMPT], [84.0], [None])

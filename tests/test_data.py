@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pitches import PITCH_CLASSES
 
 from presto_rt.data import grooves, recordings, render
 from presto_rt.data.dataset import SAMPLE_RATE, frames_of, items, load_manifest, read_audio
@@ -143,22 +144,6 @@ def test_pieces_do_not_ring_into_the_next() -> None:
 def test_key_label_agrees_with_what_sounds(small: Path) -> None:
     """Over the pieces with a key, scale tones carry clearly more than their 7/12 share of the chroma."""
     steps = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
-    names = {
-        "C": 0,
-        "Db": 1,
-        "C#": 1,
-        "D": 2,
-        "Eb": 3,
-        "E": 4,
-        "F": 5,
-        "F#": 6,
-        "G": 7,
-        "Ab": 8,
-        "G#": 8,
-        "A": 9,
-        "Bb": 10,
-        "B": 11,
-    }
     shares = []
     for item in load_manifest(small).items:
         if item.key is None or item.mode is None:
@@ -168,7 +153,7 @@ def test_key_label_agrees_with_what_sounds(small: Path) -> None:
         frequencies = np.arange(130, 1500)
         pitch = np.round(69 + 12 * np.log2(frequencies / 440)).astype(int) % 12
         chroma = np.bincount(pitch, spectrum[130:1500] ** 2 * frequencies**0.5, minlength=12)
-        inside = chroma[[(names[item.key] + s) % 12 for s in steps[item.mode]]].sum() / chroma.sum()
+        inside = chroma[[(PITCH_CLASSES[item.key] + s) % 12 for s in steps[item.mode]]].sum() / chroma.sum()
         shares.append(inside)
     assert len(shares) >= 2
     assert np.mean(shares) > 0.75

@@ -6,6 +6,7 @@ import random
 import re
 
 import pytest
+from pitches import PITCH_CLASSES
 
 from presto_rt.data import textures
 from presto_rt.data.captions import captions, tempo_class
@@ -16,22 +17,6 @@ from presto_rt.data.theory import Key, blues, progression
 from presto_rt.data.tunes import parse
 
 KEYS = [Key(tonic, mode) for tonic in range(12) for mode in ("major", "minor")]
-NAMES = {
-    "C": 0,
-    "Db": 1,
-    "C#": 1,
-    "D": 2,
-    "Eb": 3,
-    "E": 4,
-    "F": 5,
-    "F#": 6,
-    "G": 7,
-    "Ab": 8,
-    "G#": 8,
-    "A": 9,
-    "Bb": 10,
-    "B": 11,
-}
 
 TUNE = """X:1
 T:Test
@@ -57,7 +42,7 @@ def piece(
 @pytest.mark.parametrize("key", KEYS, ids=lambda k: f"{k.name}-{k.mode}")
 def test_progressions_are_in_their_key(key: Key) -> None:
     """Begin and end on the tonic, come to the end from a dominant or subdominant, stay on the key's degrees."""
-    assert NAMES[key.name] == key.tonic
+    assert PITCH_CLASSES[key.name] == key.tonic
     for seed in range(20):
         chords = progression(random.Random(seed), key, 16, sevenths=bool(seed % 2))
         assert len(chords) == 16
