@@ -17,10 +17,11 @@ KEY_CHANNELS = 24  # tonic, one of 12; pitch classes of the scale, 7 of 12
 LETTERS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 _SIGNS = {"#": 1, "♯": 1, "sharp": 1, "b": -1, "♭": -1, "flat": -1}
 
-# "a minor setback" asks for no key: a lower-case a counts only after "in" or "key of".
+# "a minor setback" asks for no key: a lower-case a counts only after "in" or "key of", and not in "in a minor key".
 _KEY = re.compile(
-    r"(?<![\w#])(?P<letter>[B-Gb-g]|A|(?:(?<=in )|(?<=of ))a)(?P<sign>#|♯|♭|b|[ -]?(?:sharp|flat))?"
-    r"[ -]?(?:natural |harmonic |melodic )?(?P<mode>(?i:major|minor|maj|min))\b",
+    r"(?<![\w#])(?P<letter>[B-Gb-g]|A|(?:(?<=in )|(?<=of ))a(?! (?:major|minor)[ -](?:key|mode|scale)\b))"
+    r"(?P<sign>#|♯|♭|b|[ -]?(?i:sharp|flat))?"
+    r"[ -]?(?i:natural |harmonic |melodic )?(?P<mode>(?i:major|minor|maj|min))\b",
 )
 
 
@@ -39,7 +40,7 @@ def parse_key(prompt: str) -> Key | None:
 
 
 def _read(found: re.Match[str]) -> Key:
-    sign = _SIGNS.get((found["sign"] or "").strip(" -"), 0)
+    sign = _SIGNS.get((found["sign"] or "").strip(" -").lower(), 0)
     return (LETTERS[found["letter"].upper()] + sign) % 12, found["mode"][:3].lower() + "or"
 
 
