@@ -97,7 +97,8 @@ class Audio:
         return to_pcm(torch.from_numpy(self.samples), bits, dither=dither, seed=seed).numpy()
 
     def _comment(self) -> str:
-        parts = [self.prompt] if self.prompt else []
+        # Arguments that are not UTF-8 come as lone surrogates, which no file can hold.
+        parts = [self.prompt.encode("utf-8", "replace").decode()] if self.prompt else []
         return "; ".join(parts + ([f"seed {self.seed}"] if self.seed is not None else []))
 
     def _wav(self, subtype: str) -> bytes:

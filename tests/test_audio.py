@@ -84,6 +84,12 @@ def test_a_saved_file_reads_back(tmp_path: Path, name: str, subtype: str | None,
     assert os.listdir(tmp_path) == [name]
 
 
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg"])
+def test_a_prompt_that_is_not_utf8_is_saved(tmp_path: Path, name: str) -> None:
+    with soundfile.SoundFile(Audio(clip(), prompt="caf\udce9").save(tmp_path / name)) as file:
+        assert file.comment == "caf?"
+
+
 @pytest.mark.parametrize(("name", "subtype"), FORMATS[:5])
 def test_the_same_audio_gives_the_same_bytes(tmp_path: Path, name: str, subtype: str | None) -> None:
     one, two = tmp_path / f"1{name}", tmp_path / f"2{name}"
