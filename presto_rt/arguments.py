@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from . import noise
@@ -15,8 +16,8 @@ MAX_COUNT = 10_000  # clips in one call
 
 
 def number(name: str, value: object, low: float, high: float) -> float:
-    """`value` as a float in [low, high]; InvalidInput for anything else, NaN and bool included."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+    """`value`, Python's or NumPy's, as a float in [low, high]; InvalidInput for anything else, NaN and bool included."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
         raise InvalidInput(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
     return float(value)
 

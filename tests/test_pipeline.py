@@ -45,6 +45,7 @@ def test_every_choice_changes_the_result(model: Pipeline) -> None:
         assert np.abs(base - other).max() > 1e-6
     assert np.array_equal(latents("techno, 90 bpm"), latents("techno, 90 bpm", bpm=90))
     assert np.array_equal(latents("piano in D minor"), latents("piano in D minor", key="d minor"))
+    assert np.array_equal(latents("techno, 90 bpm"), latents("techno, 90 bpm", bpm=np.arange(90, 91)[0]))
 
 
 @pytest.mark.parametrize("seconds", [0.05, 0.5, 1, 3.3333, 8.0, 95.1])
@@ -99,6 +100,8 @@ def test_callback_and_its_interruption(model: Pipeline) -> None:
         ({"key": 3}, "key"), ({"key": ["C major"] * 2}, "key"), ({"seed": -1}, "seed"),
         ({"seed": 1.5}, "seed"), ({"seed": [1, 2]}, "seed"), ({"negative_prompt": 3}, "negative"),
         ({"cfg_pp": True, "guidance": 0.5}, "CFG"), ({"guidance_interval": (2, 1)}, "interval"),
+        ({"guidance_interval": 3}, "interval"), ({"guidance_interval": (1,)}, "interval"),
+        ({"guidance_interval": ("a", "b")}, "interval"),
     ],
 )  # fmt: skip
 def test_bad_input(model: Pipeline, options: dict[str, Any], words: str) -> None:

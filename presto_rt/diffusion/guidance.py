@@ -33,9 +33,13 @@ class Guidance:
         limit = 1.0 if self.plus_plus else 100.0
         if not (isinstance(self.scale, int | float) and 0 <= self.scale <= limit):
             raise InvalidInput(f"guidance must be a number from 0 to {limit:g}, not {self.scale!r}")
-        low, high = self.interval
-        if not 0 <= low < high:
-            raise InvalidInput(f"the guidance interval must be (low, high) with 0 <= low < high, not {self.interval}")
+        try:
+            low, high = self.interval
+            rising = 0 <= low < high
+        except (TypeError, ValueError):
+            rising = False
+        if not rising:
+            raise InvalidInput(f"the guidance interval must be (low, high) with 0 <= low < high, not {self.interval!r}")
         if self.plus_plus and sampler not in CFG_PP_SAMPLERS:
             raise InvalidInput(f"CFG++ is defined for {', '.join(CFG_PP_SAMPLERS)}, not for {sampler}")
 
