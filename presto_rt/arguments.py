@@ -16,7 +16,7 @@ MAX_COUNT = 10_000  # clips in one call
 
 
 def number(name: str, value: object, low: float, high: float) -> float:
-    """`value`, Python's or NumPy's, as a float in [low, high]; InvalidInput for anything else, NaN and bool included."""
+    """`value`, Python's or NumPy's, as a float in [low, high]; InvalidInput for all else, NaN and bool included."""
     if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
         raise InvalidInput(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
     return float(value)

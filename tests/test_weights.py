@@ -69,6 +69,31 @@ def test_unwritable_target(tmp_path: Path) -> None:
         weights.save(tmp_path / "file" / "m", {}, {"dit": {"w": torch.ones(1)}})
 
 
+def test_only_weights_are_replaced(tmp_path: Path) -> None:
+    """A folder of anything else, runs or whole models in it, would be gone."""
+    music = tmp_path / "music"
+    music.mkdir()
+    weights.save(music, {}, {"dit": {"w": torch.ones(1)}})  # an empty folder is as good as none
+    weights.save(music, {}, {"dit": {"w": torch.zeros(1)}})
+    assert weights.load(music).parts["dit"]["w"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["music"]
+    (music / "config.json").write_text("[]")
+    with pytest.raises(OutputError, match="would be lost"):
+        weights.save(music, {}, {"dit": {"w": torch.ones(1)}})
+    with pytest.raises(OutputError, match="would be lost"):
+        weights.save(tmp_path, {}, {"dit": {"w": torch.ones(1)}})
+    assert len(list(music.iterdir())) == 2
+    with pytest.raises(WeightsError, match="damaged"):
+        weights.load(music)
+
+
+def test_a_model_does_not_share_with_itself(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "a")
+    with pytest.raises(WeightsError, match="with itself"):
+        pack(folder, codec_run=folder, base_run=folder, defaults={}, share_codec=True)
+    assert weights.load(folder).parts.keys() == {"dit", "codec"}
+
+
 def test_two_models_share_a_codec(tmp_path: Path) -> None:
     """The second holds no copy, is checked against the same hashes, and the pair can be moved together."""
     first = write_tiny_model(tmp_path / "here" / "a")

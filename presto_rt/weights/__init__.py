@@ -66,7 +66,7 @@ def load(name_or_folder: str | os.PathLike[str]) -> Weights:
         config = json.loads(text)
         files = config.pop("files")
         version = config["format"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{folder / 'config.json'} is damaged ({error}); restore it") from error
     if version != FORMAT:
         raise WeightsError(f"{folder} has weights of format {version}; this version reads format {FORMAT}")
@@ -98,17 +98,20 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], parts: dict[str
 
     shared: parts that are not written but stay in another weights folder or shipped model, for both; copied: parts
     whose files are taken over from there byte by byte, so that what shares them with this folder still can. A new
-    folder is written beside the old one and renamed over it. Raises OutputError; WeightsError where such a part is not
-    there.
+    folder is written beside the old one and renamed into its place. Raises OutputError, also where the folder holds
+    something else than weights, which would be lost; WeightsError where such a part is not there.
     """
     from safetensors.torch import save as to_bytes
 
-    target = Path(folder)
-    fresh = target.with_name(target.name + ".new")
+    target = Path(folder).resolve()
+    _check_replaceable(target)
+    fresh, old = (target.with_name(target.name + suffix) for suffix in (".new", ".old"))
     shutil.rmtree(fresh, ignore_errors=True)
     files: dict[str, dict[str, Any]] = {}
     for part, source in (shared or {}).items():
-        lead = Path(os.path.relpath(locate(source).resolve(), target.resolve()))
+        if locate(source).resolve() == target:
+            raise WeightsError(f"{target} cannot share {part!r} with itself; let its files be copied instead")
+        lead = Path(os.path.relpath(locate(source).resolve(), target))
         files |= {(lead / name).as_posix(): entry for name, entry in _files(part, source, own=True).items()}
     try:
         fresh.mkdir(parents=True)
@@ -126,10 +129,25 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], parts: dict[str
         (fresh / "config.json").write_text(text + "\n")
         for kept in target.glob("*.md") if target.is_dir() else ():
             shutil.copy2(kept, fresh)
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if target.is_dir():
+            target.rename(old)
         fresh.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise OutputError(f"cannot write weights to {target}: {error.strerror or error}") from error
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raises OutputError where a folder holds something that `save` did not write."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    try:
+        ours = "files" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise OutputError(f"{folder} holds something else than weights, which would be lost; choose another folder")
 
 
 def _files(part: str, source: str | os.PathLike[str], own: bool = False) -> dict[str, dict[str, Any]]:
