@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -257,6 +259,19 @@ def test_the_least_recently_used_graphs_go_first(parts: Any) -> None:
         assert len(small.entries()) == 1
 
 
+def test_a_dropped_graph_gives_its_memory_back_at_once(parts: Any) -> None:
+    """Not when Python next looks for cycles: the memory is wanted now, and a graph must not go in another's capture."""
+    engine = engine_of(parts)
+    engine.run(asked(steps=1))
+    held = [weakref.ref(e) for e in engine.entries()]
+    gc.disable()
+    try:
+        engine.forget()
+        assert [e() for e in held] == [None]
+    finally:
+        gc.enable()
+
+
 class Flaky(Rerun):
     """A recording in which memory runs out, in the calls whose turn is in `failing`."""
 
@@ -312,7 +327,11 @@ def test_out_of_memory_twice_is_a_clear_error_and_the_engine_goes_on(parts: Any)
         engine.run(asked())
     assert engine.entries() == []
     assert same(engine.run(asked()), want)
+    silent = engine_of(parts, recorder=lambda: lambda: Flaky([], {0}, MemoryError()))
+    with pytest.raises(EngineOutOfMemory, match="MemoryError"):
+        silent.run(asked())
     assert not is_out_of_memory(ValueError("x"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     calls.clear()
     failing.clear()
     failing.add(0)

@@ -100,8 +100,9 @@ def test_eight_threads_on_two_streams(engine: GraphEngine) -> None:
 def test_out_of_memory_is_said_and_survived() -> None:
     engine = engine_on("cuda")
     want = engine.run(asked())
-    free, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction((total - free + 2**28) / total)
+    total = torch.cuda.get_device_properties(0).total_memory
+    # Of what this process's allocator holds: what other processes have does not count here.
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**28) / total)
     try:
         with pytest.raises(EngineOutOfMemory, match="shorter"):
             engine.run(asked(["piano"] * 64, frames=2500))

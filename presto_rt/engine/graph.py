@@ -15,6 +15,7 @@ import itertools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -79,7 +80,7 @@ class Entry:
                 )
             self.inputs.write(request)
             self.form = engine.planner.form(request.evaluations, self.shape.frames)
-            self.recording.capture(self.work)
+            self.recording.capture(self._weakly())
             held = [self.inputs.device, self.inputs.host, self.outputs.device, self.outputs.host]
             fixed = sum(arena.size for arena in [*held, *([self.memory.arena] if self.memory else [])])
             self.bytes = max(taken(), fixed)
@@ -87,10 +88,24 @@ class Entry:
     def _calibration(self, request: Request) -> tuple[Plan, Tensor]:
         self.inputs.write(request)
         self.inputs.send()
+        if self.engine.device.type == "cuda":  # the host's block is written anew for the next
+            torch.cuda.current_stream(self.engine.device).synchronize()
         self.form = self.engine.planner.form(request.evaluations, self.shape.frames)
         plan = self.plan()
         # Apart from the input block, into which the next one is written.
         return replace(plan, lengths=plan.lengths.clone()), self.inputs.seeds.clone()
+
+    def _weakly(self) -> Callable[[], None]:
+        """`work` for a recording, which keeps it: were the entry held too, a dropped graph's memory would stay until
+        Python looks for cycles, and that may be in the middle of another capture."""
+        weak = weakref.ref(self)
+
+        def work() -> None:
+            entry = weak()
+            assert entry is not None  # only the entry itself runs its recording
+            entry.work()
+
+        return work
 
     def _memory(self, plan: Plan) -> Memory:
         if self.memory is None:
@@ -202,12 +217,13 @@ class GraphEngine:
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
-                    failed = error.with_traceback(None)  # its frames would hold what must be given back
+                    # The words alone: the frames of the error and of its causes hold what must be given back.
+                    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
                 self.forget(lane)
                 if last:
                     raise EngineOutOfMemory(
                         f"no memory for {shape}, with nothing else kept: ask for fewer clips at once or a shorter "
-                        f"clip, or make room on the device ({str(failed).splitlines()[0][:200]})"
+                        f"clip, or make room on the device ({said})"
                     )
                 log.warning("out of memory for %s: all idle graphs are dropped, and it is tried once more", shape)
         raise AssertionError("not reached")
@@ -249,8 +265,9 @@ class GraphEngine:
                 if lane is own or not lane.busy:
                     lane.graphs.clear()
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
+            with self._capturing:  # a device whose stream is being captured must not be waited for
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
 
     def entries(self) -> list[Entry]:
         """The graphs that are kept, the least recently used first."""
@@ -279,3 +296,5 @@ def poison(entry: Entry) -> None:
     arenas: list[Arena] = [entry.inputs.device, entry.outputs.device, entry.outputs.host]
     for arena in [*arenas, *([entry.memory.arena] if entry.memory else [])]:
         arena.block.fill_(0xFF)
+    if entry.engine.device.type == "cuda":
+        torch.cuda.synchronize(entry.engine.device)  # filled on this stream, read on the lane's

@@ -82,8 +82,12 @@ class CudaGraph:
         if not self.graphed:
             return
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on launching and allocating meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        # Other threads go on launching and allocating meanwhile. The stream once more around it: a capture that cannot
+        # be ended leaves torch's own stream context open.
+        with (
+            torch.cuda.stream(self.stream),
+            torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+        ):
             work()
         self.graph = graph
 
@@ -110,15 +114,15 @@ class CudaGraph:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error says, or follows from one that says, that memory ran out: torch's own, Python's, the driver's or
-    that of torch's CPU allocator."""
+    """Whether an error says, or follows from one that says, that memory ran out: torch's own, Python's, the driver's,
+    that of torch's CPU allocator or of a CUDA library (CUBLAS_STATUS_ALLOC_FAILED)."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         said = str(error).lower()
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in said:
             return True
-        if isinstance(error, RuntimeError) and "allocate memory" in said:
+        if isinstance(error, RuntimeError) and ("allocate memory" in said or "alloc_failed" in said):
             return True
         error = error.__cause__ or error.__context__
     return False
