@@ -15,14 +15,16 @@ import pytest
 import soundfile
 import torch
 
-from presto_rt.errors import InvalidInput, WeightsError
+from presto_rt.errors import BackendUnavailable, InvalidInput, WeightsError
 from presto_rt.evaluation.codec import evaluate_codec, markdown, measure
 from presto_rt.models.codec import Codec, CodecConfig, load_codec
 from presto_rt.models.codec_features import LATENT_HOP, SAMPLE_RATE
+from presto_rt.training import codec as codec_training
+from presto_rt.training import latents as latents_module
 from presto_rt.training.codec import CodecTraining, train_codec, write_codec
 from presto_rt.training.codec_data import FeatureStore
-from presto_rt.training.codec_loss import CodecLoss, start_from_pca
-from presto_rt.training.common import load_checkpoint, schedule
+from presto_rt.training.codec_loss import CodecLoss, LossParts, start_from_pca
+from presto_rt.training.common import Stopper, load_checkpoint, schedule
 from presto_rt.training.latents import encode_dataset, load_latents
 
 SMALL = CodecConfig(
@@ -135,6 +137,58 @@ def test_freezing_without_a_codec_is_refused(data: Path, tmp_path: Path) -> None
         train_codec(data, tmp_path, 0.1, resume=True, settings=QUICK, progress=False)
 
 
+def test_a_run_is_not_overwritten_and_bad_choices_are_refused_in_words(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "last.safetensors").write_bytes(b"fifty minutes")
+    with pytest.raises(InvalidInput, match="--resume"):
+        train_codec(data, tmp_path, 0.1, settings=QUICK, progress=False)
+    assert (tmp_path / "last.safetensors").read_bytes() == b"fifty minutes"
+    with pytest.raises(WeightsError, match="no model"):
+        train_codec(data, tmp_path / "b", 0.1, start_from=tmp_path / "none", settings=QUICK, progress=False)
+    with pytest.raises(InvalidInput, match="there are auto, cpu and cuda"):
+        train_codec(data, tmp_path / "b", 0.1, "tpu", settings=QUICK, progress=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendUnavailable, match="no CUDA GPU"):
+            train_codec(data, tmp_path / "b", 0.1, "cuda", settings=QUICK, progress=False)
+
+
+def test_a_resumed_run_keeps_to_what_it_was_begun_with(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--resume without --start-from and --freeze-encoder again: the latents stay as they are."""
+    torch.manual_seed(0)
+    first = Codec(SMALL).eval()
+    write_codec(first, tmp_path / "a")
+    monkeypatch.setattr(codec_training, "fit_synthesis_gain", lambda *_: None)
+    run = tmp_path / "b"
+    train_codec(data, run, 0.01, "cpu", settings=QUICK, freeze_encoder=True, start_from=tmp_path / "a", progress=False)
+    more = train_codec(data, run, 0.02, "cpu", resume=True, settings=QUICK, progress=False)
+    samples = torch.from_numpy(chord(1.0, 99))[None]
+    assert torch.equal(more.encode(samples), first.encode(samples))
+
+
+def test_the_first_row_after_a_resume_is_a_mean_of_its_own_steps(tmp_path: Path) -> None:
+    class Resumed:
+        settings, step = CodecTraining(log_every=50, checkpoint_minutes=1e9), 48
+
+        def train(self, *_: object) -> LossParts:
+            self.step += 1
+            return LossParts(*[torch.tensor(3.0)] * 7)
+
+        def save(self, *_: object) -> None:
+            pass
+
+    class Store:
+        def sample(self, *_: object) -> None:
+            pass
+
+    rows: list[dict[str, float]] = []
+    trainer, log = Resumed(), type("Log", (), {"write": lambda self, step, **row: rows.append(row)})()
+    stopper = Stopper(1.0)
+    stopper.should_stop = lambda: trainer.step == 150  # type: ignore[method-assign]
+    codec_training._loop(trainer, Store(), None, stopper, log, tmp_path, None, False)  # type: ignore[arg-type]
+    assert [row["total"] for row in rows] == [3.0, 3.0, 3.0]
+
+
 KILLED = """
 import sys
 from presto_rt.models.codec import CodecConfig
@@ -214,6 +268,41 @@ def test_latents_of_a_data_set_resume_to_the_same_bytes(data: Path, tmp_path: Pa
         load_latents(tmp_path, "train")
 
 
+def test_latents_survive_a_kill_when_encoding_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run empties the part file: killed there, it must not leave the first run's word that all is in it."""
+    torch.manual_seed(0)
+    codec = Codec(SMALL).eval()
+    encode_dataset(data, codec, tmp_path / "whole", progress=False)
+    monkeypatch.setattr(latents_module, "SAVE_EVERY", 1)
+    encode, made = codec.encode, []
+
+    def stops(samples: torch.Tensor) -> torch.Tensor:
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        made.append(samples)
+        return encode(samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(codec, "encode", stops)
+        with pytest.raises(KeyboardInterrupt):
+            encode_dataset(data, codec, tmp_path / "a", progress=False)
+    assert json.loads((tmp_path / "a" / "train.part.json").read_text())["done"] == 1
+    with monkeypatch.context() as patch:
+        opened = np.lib.format.open_memmap
+
+        def killed(*args: object, **options: object) -> None:
+            opened(*args, **options)
+            raise KeyboardInterrupt
+
+        patch.setattr(np.lib.format, "open_memmap", killed)
+        with pytest.raises(KeyboardInterrupt):
+            encode_dataset(data, codec, tmp_path / "a", progress=False)
+    encode_dataset(data, codec, tmp_path / "a", progress=False)
+    assert np.array_equal(np.load(tmp_path / "a" / "train.npy"), np.load(tmp_path / "whole" / "train.npy"))
+
+
 def test_measures_are_zero_for_a_copy_and_grow_with_damage() -> None:
     clip = chord(2.0, 5)
     same = measure(clip, clip.copy())
@@ -243,6 +332,11 @@ def test_a_codec_comes_from_a_shipped_model_too(tmp_path: Path) -> None:
     from presto_rt.weights import load
 
     codec = load_codec("nano")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text("{}")
+    (tmp_path / "torn" / "codec.safetensors").write_bytes(b"torn")
+    with pytest.raises(WeightsError, match="damaged"):
+        load_codec(tmp_path / "torn")
     assert torch.equal(codec.latent_scale, load("nano").parts["codec"]["latent_scale"].float())
     with pytest.raises(InvalidInput, match="run folder"):
         load_codec(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +16,9 @@ import torch
 
 from presto_rt.errors import InvalidInput
 from presto_rt.models.dit import beat_features
-from presto_rt.training.base import BaseTrainer, BaseTraining, train_base
-from presto_rt.training.common import load_checkpoint
+from presto_rt.training import settings
+from presto_rt.training.base import BaseTrainer, BaseTraining, draw_batch, train_base
+from presto_rt.training.common import load_checkpoint, save_checkpoint
 from presto_rt.training.conditions import FRAME_SECONDS, LatentSet
 from presto_rt.training.synthetic import write_latents
 
@@ -131,3 +134,57 @@ def test_kill_and_resume(data_root: Path, tmp_path: Path) -> None:
 def test_missing_latents(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="presto-rt train encode"):
         LatentSet(tmp_path, "train")
+
+
+def test_latents_of_another_data_set_and_splits_without_captions(data_root: Path, tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(data_root, root)
+    manifest = json.loads((root / "manifest.json").read_text())
+    kept = [item for item in manifest["items"] if item["id"] != "val0"]
+    (root / "manifest.json").write_text(json.dumps({**manifest, "items": kept}))
+    with pytest.raises(InvalidInput, match="another data set"):
+        LatentSet(root, "val")
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    np.save(root / "latents" / "val.npy", np.load(root / "latents" / "val.npy")[:-1])
+    with pytest.raises(InvalidInput, match="another data set"):
+        LatentSet(root, "val")
+    (root / "latents" / "val.json").write_text('{"items": []}')
+    with pytest.raises(InvalidInput, match="larger data set"):
+        LatentSet(root, "val")
+
+
+def test_captions_kept_in_half_are_encoded_again(data_root: Path, tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(data_root, root)
+    whole = LatentSet(root, "val")
+    cache = root / "latents" / "val.captions.safetensors"
+    cache.write_bytes(cache.read_bytes()[:500])
+    again = LatentSet(root, "val")
+    assert torch.equal(again.tokens, whole.tokens)
+    assert sorted(p.name for p in cache.parent.glob("val.captions*")) == [cache.name]
+
+
+def test_lengths_that_no_piece_has_are_not_drawn(data_root: Path) -> None:
+    held = LatentSet(data_root, "val")
+    for seed in range(4):
+        x, _ = draw_batch(held, np.random.default_rng(seed), 64, ((32, 0.1), (FRAMES + 1, 0.9)), 0.3)
+        assert x.shape[:2] == (2, 32)
+    with pytest.raises(InvalidInput, match=str(FRAMES + 1)):
+        draw_batch(held, np.random.default_rng(0), 64, ((FRAMES + 9, 0.5), (FRAMES + 1, 0.5)), 0.3)
+
+
+def test_a_distillation_is_not_gone_on_with(data_root: Path, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint.safetensors", {}, {"options": {"minutes": 1, "gan_weight": 0.1}})
+    with pytest.raises(InvalidInput, match=r"gan_weight.*--run"):
+        trainer(data_root, tmp_path).start(resume=True)
+
+
+def test_settings_are_checked_against_their_defaults() -> None:
+    known = {"clip": 1.0, "compile": False, "frames": ((1, 1.0),), "tokens": 8}
+    given = ["clip=2", "compile=true", "frames=[[128, 1]]", "tokens=4"]
+    assert settings.read(given, known) == {"clip": 2, "compile": True, "frames": ([128, 1],), "tokens": 4}
+    for bad in ("clip=high", "clip=true", "compile=1", "frames=128", "tokens=4.5", "tokens=null", "root=x", "clip"):
+        with pytest.raises(InvalidInput, match="--set"):
+            settings.read([bad], known)
+    with pytest.raises(InvalidInput, match="tokens"):
+        BaseTraining(1.0, tokens=0)

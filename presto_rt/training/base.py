@@ -5,7 +5,7 @@ Loss (Karras et al. 2022): E_{s ~ p(s_train)} lambda(s) |D(x + s n; s, c) - x|^2
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..diffusion.precond import loss_weight, precondition
 from ..diffusion.schedule import P_MEAN, P_STD, LayerSchedule, training_levels
 from ..errors import InvalidInput
 from ..models.dit import Condition, DiT, drop_text
-from .common import Ema
+from .common import Ema, checkpoint_meta
 from .conditions import LatentSet
 from .loop import Trainer, adamw, compile_blocks, large_batches
 from .networks import load_network
@@ -50,6 +50,10 @@ class BaseTraining:
     checkpoint_minutes: float = 3.0
     compile: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise InvalidInput(f"tokens must be at least 1, not {self.tokens}")
 
 
 def denoising_loss(
@@ -85,8 +89,13 @@ def held_out_error(
 
 def draw_batch(data: LatentSet, rng: np.random.Generator, tokens: int, frames: tuple[tuple[int, float], ...],
                control_dropout: float) -> tuple[Tensor, Condition]:  # fmt: skip
-    """A batch of about `tokens` frames of one crop length, drawn by its share."""
-    lengths, shares = zip(*frames, strict=True)
+    """A batch of about `tokens` frames of one crop length, drawn by its share.
+
+    Lengths that no piece has are left out: a small data set may lack the longest. Raises InvalidInput where none is
+    left.
+    """
+    fitting = [pair for pair in frames if pair[0] <= data.frames.max()]
+    lengths, shares = zip(*(fitting or [min(frames)]), strict=True)
     length = int(rng.choice(lengths, p=np.array(shares) / sum(shares)))
     return data.batch(rng, max(1, tokens // length), length, control_dropout)
 
@@ -109,6 +118,14 @@ class BaseTrainer(Trainer):
 
     def describe(self) -> dict[str, Any]:
         return {"options": asdict(self.options)}
+
+    def resume(self) -> None:
+        """Go on from the run folder's checkpoint; raises InvalidInput where it is a distillation's."""
+        other = set(checkpoint_meta(self.checkpoint).get("options", {})) - {f.name for f in fields(BaseTraining)}
+        if other:
+            raise InvalidInput(f"{self.checkpoint} is of a training with {', '.join(sorted(other))}; "
+                               "choose another --run")  # fmt: skip
+        super().resume()
 
     def start_from(self, where: str | Path) -> None:
         """Begin with the weights (averaged; no optimizer) of whatever `networks.load_network` reads."""

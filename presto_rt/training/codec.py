@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from presto_rt.data.dataset import frames_of, items, load_manifest, read_audio
 from presto_rt.errors import InvalidInput, WeightsError
-from presto_rt.models.codec import SIGMA_DATA, Codec, CodecConfig
+from presto_rt.models.codec import SIGMA_DATA, Codec, CodecConfig, load_codec
 from presto_rt.models.codec_features import LATENT_HOP, POWER_FLOOR, SAMPLE_RATE, band_centres, mel_filters
 from presto_rt.training.codec_data import RECORDED, RENDERED, FeatureStore
 from presto_rt.training.codec_loss import CodecLoss, start_from_pca
@@ -40,6 +39,7 @@ from presto_rt.training.common import (
     schedule,
     unpack_optimizer,
 )
+from presto_rt.training.loop import pick_device
 
 CHECKPOINT = "last.safetensors"
 
@@ -83,22 +83,26 @@ def train_codec(
 ) -> Codec:
     """Train for `minutes` of wall time (those of a resumed run included) and return the codec with averaged weights.
 
-    `start_from` is a folder with codec.safetensors and config.json to start from instead of a PCA; `freeze_encoder`
-    then trains the decoder alone and leaves every latent as it was. Stops early, cleanly, on SIGINT and SIGTERM.
-    Raises InvalidInput where the data set has no audio for training, WeightsError where `resume` finds no whole
-    checkpoint.
+    `start_from` is what `load_codec` reads, to start from it instead of a PCA; `freeze_encoder` then trains the decoder
+    alone and leaves every latent as it was. A resumed run keeps to what it was begun with. Stops early, cleanly, on
+    SIGINT and SIGTERM. Raises InvalidInput where the data set has no audio for training and rather than overwrite a
+    run, WeightsError where `resume` finds no whole checkpoint.
     """
     settings = settings or CodecTraining()
-    run = Path(run_dir)
-    run.mkdir(parents=True, exist_ok=True)
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    run, where = Path(run_dir), pick_device(device)
     tensors, meta = load_checkpoint(run / CHECKPOINT) if resume else ({}, {})
+    start = None if resume or start_from is None else load_codec(start_from)
     if resume:
         config = CodecConfig.from_dict(meta["config"])
-    elif start_from is not None:
-        config = CodecConfig.from_dict(json.loads((Path(start_from) / "config.json").read_text(encoding="utf-8")))
+    elif (run / CHECKPOINT).is_file():
+        raise InvalidInput(f"{run / CHECKPOINT} exists: say --resume to go on, or choose another --run")
+    elif start is not None:
+        config = start.config
     elif freeze_encoder:
         raise InvalidInput("freeze_encoder needs a trained codec: give start_from or resume")
+    freeze_encoder = meta.get("freeze_encoder", freeze_encoder)
+    started = meta.get("started", start_from is not None)
+    run.mkdir(parents=True, exist_ok=True)
     stopper = Stopper(minutes, meta.get("used_seconds", 0.0))
     with stopper:
         torch.manual_seed(settings.seed)
@@ -106,12 +110,13 @@ def train_codec(
         store = FeatureStore(data_root, codec.frames, hours=settings.hours, seed=settings.seed)
         store.refresh(progress=progress)
         rng = np.random.default_rng(settings.seed)
-        if start_from is not None:
-            codec.load_state_dict(load_file(Path(start_from) / "codec.safetensors"))
+        if start is not None:
+            codec.load_state_dict(start.state_dict())
         elif not resume:
             kept = start_from_pca(codec, store.spread(settings.pca_frames, rng))
             print(f"PCA keeps {100 * kept:.1f} % of the weighted variance; audio seconds: {store.seconds}", flush=True)
         trainer = _Trainer(codec.to(where), settings, where, freeze_encoder)
+        trainer.begun = {"freeze_encoder": freeze_encoder, "started": started}
         if resume:
             trainer.restore(tensors, meta)
             rng.bit_generator.state = meta["rng"]
@@ -122,7 +127,7 @@ def train_codec(
         finally:
             log.close()
     trainer.ema.copy_to(codec)
-    if not (freeze_encoder or start_from is not None):
+    if not (freeze_encoder or started):
         fit_latent_scale(codec, store, settings)
     codec.ceiling.copy_(store.loudest())
     clips = training_clips(data_root, settings.gain_clips, 5.0, settings.seed)
@@ -133,7 +138,9 @@ def train_codec(
 
 
 class _Trainer:
-    """One training step, and the state that a checkpoint holds."""
+    """One training step, and the state that a checkpoint holds. begun: how the run was, which its checkpoint tells."""
+
+    begun: dict[str, bool]
 
     def __init__(self, codec: Codec, settings: CodecTraining, device: torch.device, freeze_encoder: bool) -> None:
         self.codec, self.settings, self.device = codec, settings, device
@@ -201,6 +208,7 @@ class _Trainer:
             "used_seconds": stopper.elapsed(),
             "rng": rng.bit_generator.state,
             "optim": rest,
+            **self.begun,
         }
         save_checkpoint(path, tensors, meta)
 
@@ -234,21 +242,24 @@ def _loop(
     bar = tqdm(total=round(stopper.budget_seconds), unit="s", desc="codec", disable=not progress, mininterval=2.0)
     bar.update(round(stopper.elapsed()))
     sums: dict[str, float] = {}
+    summed = timed = 0  # steps in `sums`, and since `mark`
     while not stopper.should_stop():
         rate = settings.rate * schedule(stopper.progress())
         parts = trainer.train(store.sample(settings.batch, settings.latents, rng, settings.rendered_share), rate)
+        summed, timed = summed + 1, timed + 1
         for key, value in parts._asdict().items():
-            sums[key] = sums.get(key, 0.0) + float(value.detach()) / settings.log_every
+            sums[key] = sums.get(key, 0.0) + float(value.detach())
         if trainer.step % settings.log_every == 0:
             now = time.monotonic()
-            speed = seconds_per_step * settings.log_every / (now - mark)
-            mark = now
+            speed = seconds_per_step * timed / (now - mark)
+            mark, timed = now, 0
+            sums = {key: value / summed for key, value in sums.items()}
             log.write(trainer.step, **sums, rate=rate, audio_seconds_per_second=speed, elapsed=stopper.elapsed())
             bar.set_postfix_str(
                 f"step {trainer.step} loss {sums['total']:.3f} mel {sums['mel']:.2f} dB {speed:.0f} audio-s/s"
             )
             bar.update(round(stopper.elapsed()) - bar.n)
-            sums = {}
+            sums, summed = {}, 0
         if time.monotonic() - saved > settings.checkpoint_minutes * 60.0:
             trainer.save(run / CHECKPOINT, stopper, rng)
             if validation is not None:
@@ -259,6 +270,7 @@ def _loop(
             if store.refresh(limit_seconds=900.0) > 0:
                 tqdm.write(f"audio seconds in memory: {store.seconds}")
             saved = mark = time.monotonic()
+            timed = 0
     bar.close()
     trainer.save(run / CHECKPOINT, stopper, rng)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ class Piece:
 class LatentSet:
     """Latents of one split in memory, (frames, C) float16, with the token states of every caption.
 
-    Pieces are drawn in proportion to their length. Raises InvalidInput when the folder lacks encoded latents.
+    Pieces are drawn in proportion to their length. Raises InvalidInput when the folder lacks encoded latents, when they
+    are of another data set, and when no piece of the split has a caption.
     """
 
     def __init__(self, data_root: str | Path, split: str, device: torch.device | str = "cpu") -> None:
@@ -49,8 +51,14 @@ class LatentSet:
         self.device = torch.device(device)
         self.latents = torch.from_numpy(np.load(rows)).to(self.device)
         known = {item.id: item for item in load_manifest(root).items}
-        self.pieces = [self._piece(entry, known[entry["id"]]) for entry in json.loads(index.read_text())["items"]]
+        entries = json.loads(index.read_text())["items"]
+        ends = [entry["start"] + entry["frames"] for entry in entries]
+        if any(entry["id"] not in known for entry in entries) or max(ends, default=0) > len(self.latents):
+            raise InvalidInput(f"{rows} is of another data set than {root}: run `presto-rt train encode` again")
+        self.pieces = [self._piece(entry, known[entry["id"]]) for entry in entries]
         self.pieces = [p for p in self.pieces if p.captions]
+        if not self.pieces:
+            raise InvalidInput(f"no piece of the split {split!r} in {root} has a caption: build a larger data set")
         self.frames = np.array([p.frames for p in self.pieces])
         self.probability = self.frames / self.frames.sum()
         self._encode_captions(root / "latents" / f"{split}.captions.safetensors")
@@ -63,16 +71,19 @@ class LatentSet:
 
     def _encode_captions(self, cache: Path) -> None:
         """Token states of all captions, (tokens, 384) float16, with their offsets; kept beside the latents."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file, save_file
 
         captions = [c for p in self.pieces for c in p.captions]
         self.first_caption = np.cumsum([0] + [len(p.captions) for p in self.pieces])
         key = torch.tensor(list(("\n".join(captions)).encode()), dtype=torch.uint8)
-        if cache.is_file():
+        try:
             saved = load_file(cache)
-            if torch.equal(saved["key"], key):
-                self.tokens, self.offsets = saved["tokens"].to(self.device), saved["offsets"].numpy()
-                return
+        except (OSError, SafetensorError):  # not made yet, or not whole
+            saved = {}
+        if "key" in saved and torch.equal(saved["key"], key):
+            self.tokens, self.offsets = saved["tokens"].to(self.device), saved["offsets"].numpy()
+            return
         encoder, states, lengths = load_text_encoder(), [], [0]
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
         encoded: dict[int, Tensor] = {}
@@ -83,7 +94,9 @@ class LatentSet:
         for i in range(len(captions)):
             states.append(encoded[i])
             lengths.append(lengths[-1] + len(encoded[i]))
-        save_file({"key": key, "tokens": torch.cat(states), "offsets": torch.tensor(lengths)}, cache)
+        part = cache.with_name(f"{cache.name}.{os.getpid()}")  # whole or not at all, also beside another trainer
+        save_file({"key": key, "tokens": torch.cat(states), "offsets": torch.tensor(lengths)}, part)
+        part.replace(cache)
         self.tokens, self.offsets = torch.cat(states).to(self.device), np.array(lengths)
 
     def batch(

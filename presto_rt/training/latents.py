@@ -26,6 +26,7 @@ from presto_rt.models.codec import Codec, load_codec
 from presto_rt.models.codec_features import LATENT_HOP
 
 RENDERED = ("solo", "duo", "band")
+SAVE_EVERY = 200  # items that are encoded between two records of how far it is
 
 
 def encode_dataset(
@@ -93,6 +94,7 @@ def _encode_split(
     }
     known = _known(out, split, stamp)
     part_index, part_array = out / f"{split}.part.json", out / f"{split}.part.npy"
+    part_index.unlink(missing_ok=True)  # the array that it tells of is emptied
     latents = np.lib.format.open_memmap(
         part_array, mode="w+", dtype=np.float16, shape=(total, codec.config.latent_channels)
     )
@@ -101,18 +103,19 @@ def _encode_split(
     for number, item in enumerate(chosen):
         encoded = known.get(item.id)
         if encoded is None or len(encoded) != lengths[number]:
+            if fresh % SAVE_EVERY == 0:
+                latents.flush()
+                _write_json(part_index, {**index, "done": number, "complete": False})
             samples = torch.from_numpy(read_audio(item, root=root))
             encoded = codec.encode(samples)[0].cpu().numpy()
             fresh += 1
         if len(encoded) != lengths[number]:
             raise InvalidInput(f"{item.id} is not {item.seconds} s long as the manifest says: rebuild the data set")
         latents[starts[number] : starts[number + 1]] = encoded
-        if fresh % 200 == 199:
-            latents.flush()
-            _write_json(part_index, {**index, "done": number + 1, "complete": False})
         bar.update(round(item.seconds))
     bar.close()
     latents.flush()
+    index_path.unlink(missing_ok=True)  # never the index of other latents beside these
     os.replace(part_array, array_path)
     _write_json(index_path, {**index, "done": len(chosen), "complete": True})
     part_index.unlink(missing_ok=True)

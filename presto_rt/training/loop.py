@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..errors import InvalidInput
+from ..errors import BackendUnavailable, InvalidInput
 from ..models.dit import DiT
 from .common import (
     Ema,
@@ -28,8 +28,17 @@ from .conditions import FRAME_SECONDS
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a CUDA GPU where there is one, else the CPU."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """The device of that name; "auto" is a CUDA GPU where there is one, else the CPU.
+
+    Raises InvalidInput for a name that is none, BackendUnavailable for a GPU where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise InvalidInput(f"unknown device {name!r}; there are auto, cpu and cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise BackendUnavailable("no CUDA GPU can be used here; choose the device auto or cpu")
+    return torch.device(name)
 
 
 def large_batches(device: str) -> bool:
