@@ -25,6 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     except PrestoError as error:
         print(f"presto-rt: error: {error}", file=sys.stderr)
         return 1
+    except (OSError, ModuleNotFoundError) as error:  # a disk, a permission, a package that only some jobs need
+        hint = "; pip install 'presto-rt[data,train,eval]'" if isinstance(error, ImportError) else ""
+        print(f"presto-rt: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("presto-rt: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -158,6 +162,7 @@ def _add_tune(commands: Any) -> None:
     p.add_argument("--model", default="nano", help="a shipped model's name, or a weights folder")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto")
+    p.add_argument("--backend", default="auto")
     p.add_argument("--seconds", type=float, nargs="+", default=[2.0, 8.0, 32.0], help="lengths; between them it fits")
     p.add_argument("--repeats", type=int, default=3, help="the slowest of so many counts")
     p.set_defaults(run=_tune)
@@ -169,7 +174,7 @@ def _tune(a: argparse.Namespace) -> None:
 
     if a.repeats < 1:
         raise InvalidInput(f"--repeats must be at least 1, not {a.repeats}")
-    model = load(a.model, device=a.device, dtype=a.dtype)
+    model = load(a.model, device=a.device, dtype=a.dtype, backend=a.backend)
     for seconds in a.seconds:
         model.plan(seconds)  # a bad length before any work
     print("clip        text     per step   per block   guided   decode   (ms)")
@@ -261,11 +266,13 @@ def _train_codec(a: argparse.Namespace) -> None:
 
 def _train_base(a: argparse.Namespace) -> None:
     from .training import settings
-    from .training.base import train_base
+    from .training.base import BaseTraining, train_base
 
-    options = settings.read(a.set) | ({"tokens": a.tokens} if a.tokens else {})
-    figures = train_base(a.data, a.run_dir, a.minutes, device=a.device, resume=a.resume, seed=a.seed, model=a.model,
-                         start_from=a.start_from, learning_rate=a.learning_rate, **options)  # fmt: skip
+    known = {name: default for name, default in vars(BaseTraining(a.minutes)).items() if name != "minutes"}
+    options = {"seed": a.seed, "learning_rate": a.learning_rate} | settings.read(a.set, known)
+    options |= {} if a.tokens is None else {"tokens": a.tokens}
+    figures = train_base(a.data, a.run_dir, a.minutes, device=a.device, resume=a.resume, model=a.model,
+                         start_from=a.start_from, **options)  # fmt: skip
     print("held-out error / sigma_data^2: " + ", ".join(f"{k[4:]}: {v:.4f}" for k, v in figures.items()))
 
 
@@ -283,7 +290,7 @@ def _pack(a: argparse.Namespace) -> None:
         defaults = json.loads(a.defaults)
         quality = json.loads(Path(a.quality).read_text()) if a.quality else []
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"--defaults or --quality is no JSON: {error}") from error
+        raise InvalidInput(f"--defaults or --quality cannot be read as JSON: {error}") from error
     pack(a.output, codec_run=a.codec, base_run=a.base, defaults=defaults, quality=quality, share_codec=a.share_codec)
     print(f"wrote {a.output}")
 

@@ -16,6 +16,7 @@ import soundfile
 from models import write_tiny_model
 
 from presto_rt.cli import main
+from presto_rt.training.synthetic import write_latents
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,41 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["torch"]
     assert main(["info"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "tpu"], "auto, cpu and cuda"), (["--set", "clips=1"], "there are learning_rate, tokens"),
+        (["--set", "clip=loud"], "1.0"), (["--tokens", "0"], "tokens"), (["--set", "minutes=3"], "'minutes'"),
+        (["--start-from", "nothing"], "no model 'nothing'"), (["--run", "data/manifest.json"], "data/manifest.json"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_training(
+    arguments: list[str], words: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    write_latents("data")
+    assert main(["train", "base", "--minutes", "0.001", "--model", "tiny", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("presto-rt: error: ")
+    assert error.count("\n") == 1
+    assert words in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_package_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'scipy'")
+
+    monkeypatch.setattr("presto_rt.info.info_text", run)
+    assert main(["info"]) == 1
+    assert capsys.readouterr().err == (
+        "presto-rt: error: No module named 'scipy'; pip install 'presto-rt[data,train,eval]'\n"
+    )
 
 
 def test_training_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import write_tiny_model
+from models import CODEC, write_tiny_model
 
 from presto_rt import weights
-from presto_rt.errors import OutputError, WeightsError
+from presto_rt.errors import InvalidInput, OutputError, WeightsError
+from presto_rt.models.codec import Codec
+from presto_rt.training.codec import write_codec
 from presto_rt.training.pack import pack
 
 
@@ -92,6 +94,25 @@ def test_a_model_does_not_share_with_itself(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="with itself"):
         pack(folder, codec_run=folder, base_run=folder, defaults={}, share_codec=True)
     assert weights.load(folder).parts.keys() == {"dit", "codec"}
+
+
+def test_defaults_and_figures_that_nobody_would_read_are_refused(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "a")
+    for bad in ({"defaults": {"step": 4}}, {"defaults": []}, {"quality": [{"steps": 4}]}, {"quality": {"steps": 4}}):
+        with pytest.raises(InvalidInput, match=r"(defaults|quality) must be"):
+            pack(tmp_path / "b", **{"codec_run": folder, "base_run": folder, "defaults": {}, **bad})
+    assert not (tmp_path / "b").exists()
+    good = {"defaults": {"steps": 4}, "quality": [{"steps": 4, "layers": "100%", "kid": 0.1}]}
+    pack(tmp_path / "b", codec_run=folder, base_run=folder, **good)
+    assert weights.load(tmp_path / "b").config["defaults"]["steps"] == 4
+
+
+def test_a_codec_is_packed_from_its_run_and_from_the_final_folder_in_it(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "a")
+    write_codec(Codec(CODEC), tmp_path / "run" / "final")
+    for run in (tmp_path / "run", tmp_path / "run" / "final"):
+        pack(tmp_path / "b", codec_run=run, base_run=folder, defaults={})
+        assert weights.load(tmp_path / "b").config["codec"] == CODEC.to_dict()
 
 
 def test_two_models_share_a_codec(tmp_path: Path) -> None:

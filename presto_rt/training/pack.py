@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import weights
+from ..errors import InvalidInput
 from ..models.codec import load_codec
 from .common import load_checkpoint
 from .loop import part
@@ -18,24 +20,37 @@ def pack(output: str | Path, *, codec_run: str | Path, base_run: str | Path, def
          quality: list[dict[str, Any]] | None = None, share_codec: bool = False) -> None:  # fmt: skip
     """Write `output` from a codec and the averaged weights of a training or distillation run.
 
-    codec_run: a codec run's folder, or a weights folder or shipped model whose codec is taken over; base_run: a
-    run's folder, or a weights folder (`pack_network`'s). The codec's
-    matrices as float16, in which the data set was encoded; the transformer's as bfloat16. defaults: sampling settings
+    codec_run: a codec run's folder, or its final/, or a weights folder or shipped model whose codec is taken over;
+    base_run: a run's folder, or a weights folder (`pack_network`'s). The codec's matrices as float16, in which the data
+    set was encoded; the transformer's as bfloat16. defaults: sampling settings
     that `presto_rt.pipeline.Defaults` knows, over those that the run itself names; its layer schedules go along.
     quality: measured figures of plans, which `deadline_ms` goes by. share_codec: leave the codec's files in the
     weights folder `codec_run`, for both. Raises InvalidInput, WeightsError or OutputError.
     """
+    _check(defaults, quality or [])
     dit, config = _network(base_run)
     config |= {"defaults": {**config["defaults"], **defaults}, "quality": quality or []}
-    final = Path(codec_run) / "final"
-    if final.is_dir() and not share_codec:
-        codec = load_codec(final)
+    run = Path(codec_run)
+    if ((run / "final").is_dir() or (run / "codec.safetensors").is_file()) and not share_codec:
+        codec = load_codec(run)
         config["codec"] = codec.config.to_dict()
         weights.save(output, config, {"dit": dit, "codec": weights.narrow(codec.state_dict(), torch.float16)})
     else:
         config["codec"] = weights.load(codec_run).config["codec"]  # its files are checked here
         taken = {"codec": codec_run}
         weights.save(output, config, {"dit": dit}, **{"shared" if share_codec else "copied": taken})
+
+
+def _check(defaults: Any, quality: Any) -> None:
+    """Raises InvalidInput for what a loaded model would pass over in silence, or stumble on with its first deadline."""
+    from ..pipeline import Defaults
+
+    known = [f.name for f in fields(Defaults)]
+    if not isinstance(defaults, dict) or set(defaults) - set(known):
+        raise InvalidInput(f"defaults must be an object with some of {', '.join(known)}, not {defaults!r}")
+    rows = quality if isinstance(quality, list) else [None]
+    if not all(isinstance(row, dict) and {"steps", "kid"} <= row.keys() for row in rows):
+        raise InvalidInput("quality must be a list of objects with steps, layers and kid")
 
 
 def pack_network(output: str | Path, run: str | Path) -> None:
