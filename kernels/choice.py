@@ -44,6 +44,8 @@ class Choice:
             try:
                 with torch.cuda.device(device):
                     times[name] = milliseconds(call)
+            except torch.OutOfMemoryError:  # says nothing of the way; the caller may make room and ask again
+                raise
             except (BackendUnavailable, MissingDependency) as error:  # by design: a peer that cannot take the input
                 log.debug("%s: %s left out: %s", self.operator, name, error)
             except Exception as error:  # peers and compilers raise what they like; one that works is all that is needed
@@ -67,7 +69,7 @@ def milliseconds(call: Callable[[], Any], repeats: int = 7, calls: int = 10) -> 
     times = []
     for _ in range(repeats):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(2_000_000)  # about a millisecond
+        torch.cuda._sleep(6_000_000)  # about 3 ms: ten calls of many small launches each are queued by then
         start.record()
         for _ in range(calls):
             call()

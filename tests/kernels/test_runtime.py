@@ -231,6 +231,11 @@ def test_choice_takes_the_fastest_that_works(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choice.fastest(first, "new", lambda: ways, "fast") == "fast"
     assert (first, "new") not in choice.known
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    full = ways | {"greedy": lambda: torch.OutOfMemoryError("CUDA out of memory")}
+    with pytest.raises(torch.OutOfMemoryError):  # not remembered as a way that fails
+        choice.fastest(first, "new", lambda: full, "slow")
+    assert (first, "new") not in choice.known
 
 
 @pytest.mark.gpu
