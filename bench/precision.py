@@ -37,8 +37,9 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 def decibels(codec: Any, a: Result, b: Result) -> float:
     """Mean absolute difference of the log-magnitudes of mid and side in the codec's bands, both above -80 dB."""
     with torch.inference_mode():
-        whole = a.samples.shape[2] // 2048 * 2048
-        first, second = (codec.frames.features(torch.from_numpy(r.samples[..., :whole].copy())) for r in (a, b))
+        whole, device = a.samples.shape[2] // 2048 * 2048, codec.latent_mean.device
+        clips = (torch.from_numpy(r.samples[..., :whole].copy()).to(device) for r in (a, b))
+        first, second = (codec.frames.features(clip) for clip in clips)
     heard = torch.maximum(first, second) > -9.2  # nats: 80 dB below full scale
     return float(8.686 * (first - second).abs()[heard].mean())
 

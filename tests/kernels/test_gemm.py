@@ -92,10 +92,12 @@ def test_fp8_product_is_that_of_the_fp8_numbers(device):
     arguments = {"x_scale": 0.05, "weight_scale": scale}
     out = linear(x, weight, bias, out_dtype=torch.float32, backend="triton", **arguments)
     truth = F.linear(x.double(), weight.double() * scale.double()[:, None]) * 0.05 + bias.double()
-    assert error(out, truth) < 1e-5  # nothing but the sum rounds
+    # Nothing but the sum rounds; a GPU's matrix units keep about 14 bits of a sum of fp8 products.
+    limit = 1e-3 if device == "cuda" else 1e-5
+    assert error(out, truth) < limit
     residual, table = torch.randn(2, 30, 64, device=device), torch.randn(1, 64, device=device)
     added = linear_gate_residual(x, weight, bias, residual, table, backend="triton", **arguments)
-    assert error(added, residual.double() + table[0].double() * truth) < 1e-5
+    assert error(added, residual.double() + table[0].double() * truth) < limit
 
 
 def test_fp8_output_saturates(device):
