@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from models import write_tiny_model
 from presto_rt import tuning
 from presto_rt.cli import main
 from presto_rt.diffusion.schedule import LayerSchedule
+from presto_rt.engine.precision import Fp8
 from presto_rt.errors import InvalidInput, WeightsError
 from presto_rt.pipeline import Pipeline, load
 
@@ -40,6 +42,14 @@ def test_prediction_adds_up(model: Pipeline) -> None:
     assert tuning.predict(ROW, plan) == pytest.approx(0.001 + 0.002 + 2 * (0.003 + 2 * 0.004) + 0.005)
     guided = model.plan(1.0, 2, "heun", 3.0, (0.0, 10.0), layers=3)  # 80; 0.002 guided twice: by Heun, and its own
     assert tuning.predict(ROW, guided) == pytest.approx(0.008 + 5 * 0.015)
+
+
+def test_a_model_in_fp8_has_a_table_of_its_own(model: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tuning.table_path(model)
+    monkeypatch.setattr(model, "graph", SimpleNamespace(fp8=None))
+    assert tuning.table_path(model) == before
+    monkeypatch.setattr(model, "graph", SimpleNamespace(fp8=Fp8()))
+    assert tuning.table_path(model) != before
 
 
 def test_best_plan_in_time(model: Pipeline) -> None:
