@@ -277,7 +277,14 @@ class Pipeline:
         both_conditions = condition.cat(unconditional)
         shape = (plan.frames, self.config.latent_channels)
 
+        if self.device.type == "cuda":  # one kernel for all clips; the same bits in torch's operators take hundreds
+            from .kernels import edm_step
+
+            bits = edm_step.seeds_tensor(seeds, self.device)
+
         def fresh(stream: int) -> Tensor:
+            if self.device.type == "cuda":
+                return edm_step.normal(bits, shape, stream=stream)
             return torch.stack([noise.normal(s, shape, stream=stream, device=self.device) for s in seeds])
 
         def denoiser(x: Tensor, sigma: float, given: Condition) -> Tensor:
