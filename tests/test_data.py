@@ -20,7 +20,7 @@ from presto_rt.data import grooves, recordings, render
 from presto_rt.data.dataset import SAMPLE_RATE, frames_of, items, load_manifest, read_audio
 from presto_rt.data.manifest import Item, Manifest, collect, split_of, write_item
 from presto_rt.data.midi import Note, Score
-from presto_rt.errors import InvalidInput, MissingDependency
+from presto_rt.errors import InvalidInput, MissingDependency, OutputError, PrestoError
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -180,6 +180,56 @@ def test_missing_programs_say_which_package(monkeypatch: pytest.MonkeyPatch, tmp
         grooves.check_mma()
     with pytest.raises(MissingDependency, match="--no-recordings"):
         next(recordings.songs("nexuiz-music", tmp_path))
+
+
+@pytest.mark.parametrize("hours", [float("nan"), float("inf"), -1.0])
+def test_hours_that_are_no_length_are_refused(tmp_path: Path, hours: float) -> None:
+    from presto_rt.data.build import build
+
+    with pytest.raises(InvalidInput, match="hours"):
+        build(tmp_path / "data", hours=hours, recordings=False, progress=False)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    for text in ("{", "[]", '{"version": 1}', '{"version": 1, "seed": 0, "items": [3]}'):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(InvalidInput, match=r"manifest\.json is damaged.*presto-rt data build"):
+            load_manifest(tmp_path)
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    """A stand-in for a program, first on the PATH."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_a_download_that_was_cut_short_is_not_taken_for_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools, downloads = tmp_path / "bin", tmp_path / "it's here"
+    tools.mkdir()
+    downloads.mkdir()
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    program(tools, "dpkg-deb", "exit 2")
+    program(tools, "apt-get", 'echo half > "$3_1_all.deb"; exit 100')
+    with pytest.raises(OutputError, match="cannot fetch x"):
+        recordings._fetch("x", downloads)
+    assert not list(downloads.iterdir())
+    program(tools, "apt-get", 'echo whole > "$3_1_all.deb"')
+    assert recordings._fetch("x", downloads).read_text() == "whole\n"
+    assert [path.name for path in downloads.iterdir()] == ["x_1_all.deb"]
+    with pytest.raises(OutputError, match=r"x_1_all\.deb: delete it"):
+        next(recordings.songs("x", downloads))
+
+
+def test_an_arranger_that_hangs_is_one_piece_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from presto_rt.data.theory import Chord
+
+    program(tmp_path, "mma", "exec sleep 60")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(grooves, "MMA_SECONDS", 0.2)
+    with pytest.raises(PrestoError, match="did not end"):
+        grooves.arrange("Swing", [Chord(0, "", 0)], flats=False, beats=4, bpm=120, seed=0)
 
 
 def test_command_line_prints_one_line_of_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

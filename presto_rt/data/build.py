@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -43,8 +44,8 @@ def build(
     Raises MissingDependency without mma, soundfont, tinysoundfont or music21; InvalidInput for a root of another seed.
     """
     folder = Path(root)
-    if hours < 0 or workers < 1:
-        raise InvalidInput("hours must be 0 or more and workers 1 or more")
+    if not 0 <= hours < math.inf or workers < 1:
+        raise InvalidInput(f"hours must be 0 or more and workers 1 or more, not {hours:g} and {workers}")
     check_mma()
     soundfont()
     load_tunes()
@@ -180,8 +181,11 @@ def _chosen(known: dict[str, Item], seed: int, wanted: list[int]) -> list[Item]:
 
 
 def _check_seed(folder: Path, seed: int) -> None:
-    path = folder / "manifest.json"
-    if path.is_file() and (other := json.loads(path.read_text()).get("seed")) != seed:
+    try:
+        other = json.loads((folder / "manifest.json").read_text())["seed"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged one is written anew
+        return
+    if other != seed:
         raise InvalidInput(f"{folder} holds a data set of seed {other}: give --seed {other} or another --root")
 
 

@@ -15,6 +15,8 @@ from presto_rt.data.midi import Score, from_bytes
 from presto_rt.data.theory import Chord
 from presto_rt.errors import MissingDependency, PrestoError
 
+MMA_SECONDS = 120  # a piece takes less than one
+
 
 @dataclass(frozen=True)
 class Groove:
@@ -117,7 +119,7 @@ def check_mma() -> None:
 def arrange(groove: str, chords: list[Chord], *, flats: bool, beats: int, bpm: int, seed: int) -> Score:
     """Run MMA on one chord a bar and read its MIDI back; times in beats, the first downbeat at 0.
 
-    Deterministic for a seed. Raises MissingDependency without mma, PrestoError when MMA refuses the chart.
+    Deterministic for a seed. Raises MissingDependency without mma, PrestoError when MMA refuses the chart or hangs.
     """
     check_mma()
     lines = [f"RndSeed {seed}", f"Tempo {bpm}", f"Groove {groove}"]
@@ -126,7 +128,12 @@ def arrange(groove: str, chords: list[Chord], *, flats: bool, beats: int, bpm: i
         chart, target = Path(folder, "piece.mma"), Path(folder, "piece.mid")
         chart.write_text("\n".join(lines) + "\n")
         command = ["mma", "-f", str(target), str(chart)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=MMA_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise PrestoError(
+                f"MMA did not end groove {groove!r} in {MMA_SECONDS} s: build again, it goes on"
+            ) from None
         if result.returncode or not target.is_file():
             reason = (result.stdout.strip().splitlines() or ["no output"])[-1]
             raise PrestoError(f"MMA refused groove {groove!r}: {reason}")

@@ -93,16 +93,23 @@ class Manifest:
 def load_manifest(root: str | os.PathLike[str]) -> Manifest:
     """Read `root/manifest.json`.
 
-    Raises InvalidInput when there is none or it is of another version.
+    Raises InvalidInput when there is none, it is damaged, or it is of another version.
     """
     path = Path(root) / "manifest.json"
     if not path.is_file():
         raise InvalidInput(f"no data set at {root}: build one with `presto-rt data build --root {root}`")
-    record = json.loads(path.read_text())
-    if record.get("version") != VERSION:
-        raise InvalidInput(f"{path} is of version {record.get('version')}, this code reads {VERSION}: rebuild it")
-    items = [Item.from_dict(r) for r in record["items"]]
-    return Manifest(Path(root), record["seed"], items, record.get("complete", True))
+    try:
+        record = json.loads(path.read_text())
+        if record.get("version") != VERSION:
+            raise InvalidInput(f"{path} is of version {record.get('version')}, this code reads {VERSION}: rebuild it")
+        items = [Item.from_dict(r) for r in record["items"]]
+        return Manifest(Path(root), record["seed"], items, record.get("complete", True))
+    except InvalidInput:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidInput(
+            f"{path} is damaged ({error}): run `presto-rt data build --root {root}` again, which keeps the audio"
+        ) from error
 
 
 def collect(root: Path, folders: Iterable[str] = ("recordings", "rendered")) -> list[Item]:

@@ -71,8 +71,11 @@ def songs(package: str, downloads: Path) -> Iterator[Song]:
     """
     archive = _fetch(package, downloads)
     with tempfile.TemporaryDirectory(dir=downloads) as scratch:
-        unpack = f"dpkg-deb --fsys-tarfile '{archive}' | tar -x -C '{scratch}'"
-        subprocess.run(["bash", "-o", "pipefail", "-c", unpack], check=True)
+        unpack = 'dpkg-deb --fsys-tarfile "$1" | tar -x -C "$2"'
+        try:
+            subprocess.run(["bash", "-o", "pipefail", "-c", unpack, "bash", str(archive), scratch], check=True)
+        except subprocess.CalledProcessError as error:
+            raise OutputError(f"cannot unpack {archive}: delete it and build again") from error
         root = Path(scratch)
         notices = [p for p in root.glob("usr/share/doc/*/copyright") if p.is_file()]
         rules = _licence_rules(notices[0].read_text(errors="replace")) if notices else []
@@ -173,12 +176,16 @@ def _fetch(package: str, downloads: Path) -> Path:
             raise MissingDependency(f"{tool} is needed to fetch recordings: use Debian, or build with --no-recordings")
     found = sorted(downloads.glob(f"{package}_*.deb"))
     if not found:
-        command = ["apt-get", "download", "-q", package]
-        result = subprocess.run(command, cwd=downloads, capture_output=True, text=True)
-        found = sorted(downloads.glob(f"{package}_*.deb"))
-        if result.returncode or not found:
-            reason = (result.stderr.strip().splitlines() or ["no package file"])[-1]
-            raise OutputError(f"cannot fetch {package} ({reason}): run `apt-get update`, or build with --no-recordings")
+        with tempfile.TemporaryDirectory(dir=downloads) as scratch:  # a killed download leaves half a file
+            command = ["apt-get", "download", "-q", package]
+            result = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+            fetched = sorted(Path(scratch).glob(f"{package}_*.deb"))
+            if result.returncode or not fetched:
+                reason = (result.stderr.strip().splitlines() or ["no package file"])[-1]
+                raise OutputError(
+                    f"cannot fetch {package} ({reason}): run `apt-get update`, or build with --no-recordings"
+                )
+            found = [path.rename(downloads / path.name) for path in fetched]
     return found[-1]
 
 
