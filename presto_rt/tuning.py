@@ -57,7 +57,8 @@ def key(model: Pipeline) -> dict[str, Any]:
     dtype = "int8" if getattr(model, "int8", False) else str(model.dtype)
     if getattr(getattr(model, "graph", None), "fp8", None) is not None:
         dtype = "fp8"
-    return {"weights": weights, "device": device, "dtype": dtype, "threads": torch.get_num_threads(),
+    threads = getattr(getattr(model, "engine", None), "threads", torch.get_num_threads())
+    return {"weights": weights, "device": device, "dtype": dtype, "threads": threads,
             "backend": getattr(model, "backend", "torch"), "torch": torch.__version__}  # fmt: skip
 
 
@@ -170,7 +171,8 @@ def plan_in_time(model: Pipeline, limit: float, clips: int, seconds: float, step
 
     request: what else `Pipeline.plan` takes. Raises InvalidInput, saying the fastest possible, when nothing fits.
     """
-    if not isinstance(steps, int | None) or isinstance(layers, list | tuple):
+    each = isinstance(layers, list | tuple) or (steps is None and isinstance(layers, str) and "," in layers)
+    if not isinstance(steps, int | None) or each:
         raise InvalidInput("with deadline_ms, steps is a whole number or left out, and layers has no entry per step")
     plans = [model.plan(seconds, n, layers=budget, **request) for n, budget in candidates(model, steps, layers)]
     row = row_for(model, plans[0].samples / 44_100)

@@ -109,7 +109,9 @@ def test_tables_are_of_one_model_and_dtype(model: Pipeline, tmp_path: Path) -> N
     (folder / "config.json").write_text(json.dumps(config))
     other = load(folder, dtype="float32")
     half = load(tmp_path / "tiny", dtype="bfloat16")
-    assert len({tuning.table_path(m) for m in (model, other, half)}) == 3
+    wide = load(tmp_path / "tiny", dtype="float32", threads=7)
+    of_its_own = 4 if wide.backend == "cpu" else 3  # threads are the CPU engine's
+    assert len({tuning.table_path(m) for m in (model, other, half, wide)}) == of_its_own
     assert tuning.table_path(load(tmp_path / "tiny", dtype="float32")) == tuning.table_path(model)
 
 
@@ -122,6 +124,12 @@ def test_tune_on_the_command_line(model: Pipeline, tmp_path: Path, capsys: pytes
     assert main([*call, "--deadline-ms", "0.001", "--quiet"]) == 1
     assert "the fastest plan" in capsys.readouterr().err
     assert main([*call, "--deadline-ms", "100000", "--quiet"]) == 0
+
+
+def test_layers_for_each_step_leave_nothing_to_choose(model: Pipeline) -> None:
+    for layers in ([3, 2], "3,2"):
+        with pytest.raises(InvalidInput, match="no entry per step"):
+            model.plan(1.0, layers=layers, deadline_ms=250)
 
 
 @pytest.mark.parametrize("bad", [-1, math.nan, "fast", True])
