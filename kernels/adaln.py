@@ -43,7 +43,7 @@ from .runtime import (
 NORMS = ("layer", "rms")
 
 
-@jit
+@partial(jit, varying=("gate", "shift", "scale"))
 def adaln_kernel(
     x_ptr, branch_ptr, table_ptr, base_ptr, weight_ptr, residual_ptr, out_ptr,
     tokens, x_batch, x_token, branch_batch, branch_token, residual_batch, residual_token, out_batch, out_token,

@@ -85,7 +85,7 @@ def edm_step_kernel(
             tl.store(input_ptr + (batch_size + batch) * count + element, scaled, mask=inside)
 
 
-@jit
+@partial(jit, varying=("stream",))
 def trajectory_step_kernel(
     x_ptr, history_ptr, conditional_ptr, unconditional_ptr, update_ptr, seed_ptr, init_ptr, keep_ptr, after_ptr,
     input_ptr, count, batch_size, channels, stream,

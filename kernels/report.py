@@ -73,17 +73,18 @@ def specialise(item: runtime.Launch) -> tuple[dict[str, str], dict[Any, Any], di
     divides). Launches that agree in these and in their options run the same binary.
     """
     names = item.kernel.arg_names
+    varying = {parameter.name for parameter in item.kernel.params if parameter.do_not_specialize}
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
     given = dict(zip(names, item.arguments, strict=False)) | item.constants
     for index, name in enumerate(names):
         value = given[name]
-        kind = "constexpr" if name in item.constants else _kind(value)
+        kind = "constexpr" if name in item.constants else _kind(value, name in varying)
         signature[name] = kind
         if kind == "constexpr":
             constants[(index,)] = value
-        elif kind.startswith("*") or (isinstance(value, int) and value % 16 == 0):
+        elif kind.startswith("*") or (isinstance(value, int) and value % 16 == 0 and name not in varying):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
@@ -99,10 +100,10 @@ def compile_launch(item: runtime.Launch, arch: int) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: Any, varies: bool = False) -> str:
     if isinstance(value, torch.Tensor):
         return "*" + _SCALARS[value.dtype]
-    if value is None or (isinstance(value, int) and value == 1):
+    if value is None or (isinstance(value, int) and value == 1 and not varies):
         return "constexpr"
     if isinstance(value, float):
         return "fp32"

@@ -13,7 +13,7 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -44,9 +44,13 @@ interpreting: bool = triton is not None and os.environ.get("TRITON_INTERPRET", "
 INTERPRET: Any = tl.constexpr(interpreting) if tl is not None else interpreting
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit` where Triton is installed; else the function as it is, never called."""
-    return triton.jit(function) if triton is not None else function
+def jit(function: Callable[..., Any], varying: Sequence[str] = ()) -> Any:
+    """`triton.jit` where Triton is installed; else the function as it is, never called.
+
+    varying: integers that differ from call to call (rows, streams). One binary takes them all; Triton would compile
+    others for 1 and for multiples of 16.
+    """
+    return triton.jit(function, do_not_specialize=list(varying)) if triton is not None else function
 
 
 if interpreting:

@@ -94,6 +94,23 @@ for operator, name, item in report.configurations(90):
     assert len(done.stdout.split()) >= 10
 
 
+def test_one_binary_serves_every_row_and_stream():
+    """Rows of the modulation table and noise streams differ from call to call: none is a reason to compile again."""
+    done = run("-c", """
+import torch
+from presto_rt.kernels import adaln, edm_step, report, runtime
+x, table, update = (torch.empty(*s, device="meta") for s in ((1, 32, 64), (40, 64), (9,)))
+seeds, found = torch.empty(1, dtype=torch.int64, device="meta"), []
+for row in (0, 1, 7, 16):
+    with runtime.recording(90) as launches:
+        adaln.gate_residual_norm_modulate(x, x, table, gate=row, shift=row + 1, scale=row + 2)
+        edm_step.trajectory_step(x, x, x, update, network_input=x, seeds=seeds, stream=row)
+    found.append([repr(report.specialise(item)) for item in launches])
+assert len(found[0]) == 2 and all(one == found[0] for one in found), found
+""")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_the_report_fails_when_a_kernel_does_not_fit(monkeypatch, capsys):
     row = report.Row("adaln", "made up", "kernel", 90, 4, 1, 255, 300 * 1024, 8, 16, "-", False)
     monkeypatch.setattr(report, "rows", lambda arch, operators: iter([row]))
