@@ -131,6 +131,22 @@ def test_mistakes_in_training(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch", "0"], "--batch"), (["--count", "3"], "--count"), (["--workers", "-1"], "--workers"),
+        (["--seconds", "nan"], "--seconds"), (["--seed", "-1"], "--seed"), (["--reference", "0"], "--reference"),
+        (["--compare", "a/nano", "b/nano"], "'nano'"), (["--compare", "out/generated"], "'generated'"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_judging(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said at once: a data set and a model are not asked for."""
+    assert main(["eval", "--data", "/no/such/data", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert words in error
+
+
 def test_a_package_that_is_not_there_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from pathlib import Path
 from typing import Any
+
+from presto_rt.errors import InvalidInput
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -33,7 +36,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="sampler steps (default: the model's)")
     parser.add_argument("--sampler", help="sampler (default: the model's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
-    parser.add_argument("--layers", help="layer schedule or share of blocks that run (default: all)")
+    parser.add_argument("--layers", help="layer schedule or share of blocks that run (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of captions, crops and noise (default: 0)")
     parser.add_argument("--batch", type=int, default=8, help="clips generated at once (default: 8)")
     parser.add_argument("--workers", type=int, help="threads that listen (default: all cores)")
@@ -67,6 +70,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Judge and print the tables."""
+    _check(args)
     from presto_rt.evaluation.report import markdown
     from presto_rt.evaluation.run import evaluate_model
 
@@ -101,6 +105,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Raises InvalidInput, before any work, for numbers and names that the work would stumble on."""
+    least = {"count": 4, "reference": 4, "batch": 1, "workers": 1, "repeats": 1, "seed": 0}
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise InvalidInput(f"--{name} must be at least {low}, not {value}")
+    if not 0.5 <= args.seconds < math.inf:
+        raise InvalidInput(f"--seconds must be at least 0.5, not {args.seconds:g}")
+    names = ["generated", *(Path(folder).name for folder in args.compare)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InvalidInput(f"--compare: two models would be called {twice[0]!r} in the tables; rename a folder")
+
+
 def _compare(args: argparse.Namespace) -> int:
     """Judge each --row, print the whole table, and draw both plots beside the clips."""
     from presto_rt.evaluation.compare import compare, markdown, parse_row, plot
@@ -132,7 +150,6 @@ def _denoising(model: Any, args: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from presto_rt.errors import InvalidInput
     from presto_rt.evaluation.denoising import model_errors, table
     from presto_rt.evaluation.report import environment
 

@@ -83,7 +83,7 @@ def listen(
             result["chroma"], result["density"] = found.chromas(), np.float64(found.density())
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(f".{os.getpid()}.part.npz")
+            part = file.with_suffix(f".{os.getpid()}-{i}.part.npz")  # equal clips are heard side by side
             np.savez(part, **result)
             os.replace(part, file)
         _tick(progress)
