@@ -276,15 +276,15 @@ class Pipeline:
             return self.engine.run(self.engine.plan(runs, condition, unconditional, plan.frames), seeds, callback)
         both_conditions = condition.cat(unconditional)
         shape = (plan.frames, self.config.latent_channels)
+        drawn = None
+        if self.device.type == "cuda":
+            from .engine.cuda import noise_of
 
-        if self.device.type == "cuda":  # one kernel for all clips; the same bits in torch's operators take hundreds
-            from .kernels import edm_step
-
-            bits = edm_step.seeds_tensor(seeds, self.device)
+            drawn = noise_of(seeds, shape, self.device)
 
         def fresh(stream: int) -> Tensor:
-            if self.device.type == "cuda":
-                return edm_step.normal(bits, shape, stream=stream)
+            if drawn is not None:
+                return drawn(stream)
             return torch.stack([noise.normal(s, shape, stream=stream, device=self.device) for s in seeds])
 
         def denoiser(x: Tensor, sigma: float, given: Condition) -> Tensor:

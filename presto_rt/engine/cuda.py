@@ -39,6 +39,13 @@ def unavailable(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
     return None if dtype.is_floating_point else f"it cannot compute in {dtype}"
 
 
+def noise_of(seeds: list[int], shape: tuple[int, ...], device: torch.device | str) -> Callable[[int], Tensor]:
+    """A function from a stream to each clip's noise (B, *shape) fp32, the bits of `presto_rt.noise`, in one kernel: in
+    torch's own operators they take hundreds."""
+    given = edm_step.seeds_tensor(seeds, device)
+    return lambda stream: edm_step.normal(given, shape, stream=stream)
+
+
 @dataclass(frozen=True)
 class Packed:
     """Weights (N, K) of a matrix product and bias (N,) or None. With x_scale they are float8_e4m3fn, weight_scale (N,)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from engine_testing import SCHEDULES, conditions, double, plainly, random_dit, relative
 
+from presto_rt import noise
 from presto_rt.config import ModelConfig, preset
 from presto_rt.diffusion.guidance import Guidance
 from presto_rt.diffusion.schedule import LayerSchedule
 from presto_rt.engine import Engine
 from presto_rt.engine.arena import aliased, place
-from presto_rt.engine.cuda import OPERATORS, CudaOps, unavailable
+from presto_rt.engine.cuda import OPERATORS, CudaOps, noise_of, unavailable
 from presto_rt.engine.forward import buffers, in_fp8
 from presto_rt.engine.plan import Edit
 from presto_rt.engine.reference import ReferenceOps
@@ -117,6 +118,13 @@ def test_padding_changes_nothing_and_edits_are_those_of_the_reference(device):
             kept = keep[:, :frames] == 1
             assert torch.equal(got[kept], init[:, :frames][kept])
             assert not torch.isclose(got[~kept], init[:, :frames][~kept]).all()
+
+
+def test_noise_of_all_clips_is_each_clips_own(device):
+    drawn = noise_of([7, 2**64 - 1], (5, 3), device)
+    for stream in (0, 4):
+        want = torch.stack([noise.normal(seed, (5, 3), stream=stream) for seed in (7, 2**64 - 1)])
+        assert torch.equal(drawn(stream).cpu(), want)
 
 
 @torch.inference_mode()
