@@ -167,6 +167,20 @@ def test_at_full_budget_the_untrained_student_is_the_teacher(data_root: Path, tm
     assert (fake - each).abs().max() <= 1e-6
 
 
+def test_budgets_begin_as_full(data_root: Path, tmp_path: Path) -> None:
+    """A teacher that was only ever told 1 answers anything to other budgets; the student begins without that."""
+    teacher = random_network()
+    torch.nn.init.normal_(teacher.budget.weight, std=0.3)
+    trainer = layer_trainer(data_root, tmp_path, teacher)
+    x, condition = trainer.val_set.batch(np.random.default_rng(0), 2, 24, 0.0)
+    time = torch.zeros(2)
+    with torch.no_grad():
+        truth, other = (teacher(x, time, condition, (0, 2), told) for told in (1.0, 0.5))
+        assert (truth - other).abs().max() > 1e-2
+        for told in (1.0, 0.5):
+            assert (trainer.model(x, time, condition, (0, 2), told) - truth).abs().max() < 1e-5
+
+
 def test_levels_of_a_step_run_the_same_blocks(data_root: Path, tmp_path: Path, teacher: DiT) -> None:
     trainer = layer_trainer(data_root, tmp_path, teacher)
     schedule = trainer.schedule(0.6)

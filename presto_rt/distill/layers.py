@@ -102,6 +102,8 @@ class LayerTrainer(Distiller):
                  device: str = "auto") -> None:  # fmt: skip
         super().__init__(data_root, run_dir, teacher.config, options, device)
         self.model = copy.deepcopy(teacher).to(self.device).requires_grad_(True)
+        if options.budget_input:
+            self.model.hear_budgets_as_full()  # it learns them from there
         self.teacher = copy.deepcopy(teacher).to(self.device).requires_grad_(False) if options.generator else self.model
         self.ema = Ema(self.model, options.ema_decay)
         self.modules = {"model": self.model}

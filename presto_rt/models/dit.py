@@ -214,6 +214,17 @@ class DiT(nn.Module):
         gate = (1 / (1 + (KEY_SIGMA / sigma) ** 2))[:, None]
         return vector + self.pooled(condition.pooled.to(dtype)) + self.key((gate * condition.key).to(dtype))
 
+    @torch.no_grad()
+    def hear_budgets_as_full(self) -> None:
+        """Answer to every budget as to 1, which stays as it was.
+
+        A network that was only ever told 1 has learned that one column of the embedding; what it says to others is
+        chance (at half of the blocks and sigma 24 it raised nano-base's error by a quarter).
+        """
+        full = fourier(torch.ones(1, device=self.budget.weight.device), 256)[0].to(self.budget.weight.dtype)
+        self.budget.bias += self.budget.weight @ full
+        self.budget.weight.zero_()
+
     def null(self, like: Condition) -> Condition:
         """The condition with its text and key dropped: the unconditional branch of guidance."""
         b = like.text.shape[0]
