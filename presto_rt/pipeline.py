@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -274,7 +275,7 @@ class Pipeline:
             c = self.config
             runs = write_out(plan.sampler, plan.levels, plan.guidance, plan.layers, c.network, c.sigma_data)
             return self.engine.run(self.engine.plan(runs, condition, unconditional, plan.frames), seeds, callback)
-        both_conditions = condition.cat(unconditional)
+        both_conditions = cache(lambda: condition.cat(unconditional))  # not made where nothing is guided
         shape = (plan.frames, self.config.latent_channels)
         drawn = None
         if self.device.type == "cuda":
@@ -293,7 +294,7 @@ class Pipeline:
                                 kind=self.config.network, sigma_data=self.config.sigma_data)  # fmt: skip
 
         def both(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-            conditional, other = denoiser(torch.cat([x, x]), sigma, both_conditions).chunk(2)
+            conditional, other = denoiser(torch.cat([x, x]), sigma, both_conditions()).chunk(2)
             return conditional, other
 
         denoise = guided(lambda x, sigma: denoiser(x, sigma, condition), both, plan.guidance)

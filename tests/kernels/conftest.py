@@ -18,6 +18,9 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
 
 from presto_rt.kernels import runtime
 
+# Plain torch in fp32 is the yardstick, and cuDNN's convolutions would round to TF32.
+torch.backends.cudnn.allow_tf32 = False
+
 if runtime.triton is None:
     collect_ignore_glob = ["test_*.py"]
 
