@@ -21,6 +21,14 @@ MAX_SECONDS = 60.0
 NUMBERS = {"seconds": float, "seed": int, "steps": int, "guidance": float, "bpm": float, "deadline_ms": float}
 
 
+def number(name: str, text: str) -> float:
+    """The value of a query's number, of its kind in NUMBERS."""
+    try:
+        return NUMBERS[name](text)
+    except ValueError:
+        raise InvalidInput(f"{name} must be a number, not {text!r}") from None
+
+
 class Handler(BaseHTTPRequestHandler):
     """GET /clip?prompt=...&seconds=... answers with a .wav file."""
 
@@ -35,11 +43,11 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, "audio/wav", self.clip(parse_qs(parts.query)))
         except EngineOutOfMemory as error:
             self.answer(503, "text/plain", f"{error}\n".encode())
-        except (InvalidInput, ValueError) as error:
+        except InvalidInput as error:
             self.answer(400, "text/plain", f"{error}\n".encode())
 
     def clip(self, query: dict[str, list[str]]) -> bytes:
-        options = {name: kind(query[name][0]) for name, kind in NUMBERS.items() if name in query}
+        options = {name: number(name, query[name][0]) for name in NUMBERS if name in query}
         if options.get("seconds", 0.0) > MAX_SECONDS:
             raise InvalidInput(f"seconds must be at most {MAX_SECONDS:g} here")
         integers = self.model.generate(query.get("prompt", [""])[0], output="pcm16", **options)

@@ -65,8 +65,8 @@ def test_server(folder: Path) -> None:
         want = model.generate("calm piano", seconds=0.5, seed=7, steps=2)
         assert np.array_equal(got, want.to_int16())
         for path, code, words in (
-            ("/clip?seconds=-1", 400, "seconds"), ("/clip?seconds=soon", 400, "soon"), ("/clip?seconds=61", 400, "60"),
-            ("/other", 404, "/clip"),
+            ("/clip?seconds=-1", 400, "seconds"), ("/clip?seed=soon", 400, "seed must be"),
+            ("/clip?seconds=61", 400, "60"), ("/other", 404, "/clip"),
         ):  # fmt: skip
             with pytest.raises(urllib.error.HTTPError) as caught:
                 urllib.request.urlopen(base + path, timeout=60)

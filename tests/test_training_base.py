@@ -109,6 +109,18 @@ def test_resumed_run_equals_the_uninterrupted(data_root: Path, tmp_path: Path) -
         assert torch.equal(a, b)
 
 
+def test_a_gradient_that_is_not_finite_costs_one_step_and_no_weights(data_root: Path, tmp_path: Path) -> None:
+    t = trainer(data_root, tmp_path)
+    t.train_step(0.5)
+    before = {name: value.clone() for name, value in t.model.state_dict().items()}
+    for p in t.model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    t.update("model", 1e-3, 0.5, 1.0)
+    assert all(torch.equal(value, before[name]) for name, value in t.model.state_dict().items())
+    t.train_step(0.5)
+    assert not torch.equal(t.model.output.weight, before["output.weight"])
+
+
 def test_kill_and_resume(data_root: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     call = f"train_base({str(data_root)!r}, {str(run)!r}, 30, device='cpu', model='tiny', **{OPTIONS!r})"

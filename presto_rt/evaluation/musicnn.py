@@ -217,15 +217,8 @@ class Heard:
 
     def clip_tags(self) -> np.ndarray:
         """Mean probabilities per clip, (clips, 50): the package's own way to tag a whole clip."""
-        return self._clip_mean(self.tags)
-
-    def clip_embeddings(self) -> np.ndarray:
-        """Mean penultimate layer per clip, (clips, 200)."""
-        return self._clip_mean(self.penultimate)
-
-    def _clip_mean(self, values: np.ndarray) -> np.ndarray:
-        sums = np.zeros((self.clip[-1] + 1, values.shape[1]), dtype=np.float64)
-        np.add.at(sums, self.clip, values)
+        sums = np.zeros((self.clip[-1] + 1, self.tags.shape[1]), dtype=np.float64)
+        np.add.at(sums, self.clip, self.tags)
         return (sums / np.bincount(self.clip)[:, None]).astype(np.float32)
 
 

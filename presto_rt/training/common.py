@@ -86,10 +86,6 @@ class Stopper:
         """Used share of the budget, in [0, 1]."""
         return min(self.elapsed() / self.budget_seconds, 1.0)
 
-    def seconds_left(self) -> float:
-        """Seconds until the deadline, not below 0."""
-        return max(self.budget_seconds - self.elapsed(), 0.0)
-
     def should_stop(self) -> bool:
         """True after a signal, at the deadline or at this run's limit."""
         used = self.elapsed()
@@ -251,8 +247,10 @@ class TrainLog:
             return
         self._fields = rows[0]
         kept = [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= from_step]
-        with open(self.path, "w", newline="", encoding="utf-8") as handle:
+        fresh = self.path.with_name("log.csv.tmp")  # a kill here must not cost the rows so far
+        with open(fresh, "w", newline="", encoding="utf-8") as handle:
             csv.writer(handle).writerows([rows[0], *kept])
+        fresh.replace(self.path)
 
     def write(self, step: int, **scalars: float) -> None:
         """Append one row; later rows may leave columns out but not add any."""

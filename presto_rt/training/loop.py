@@ -148,12 +148,16 @@ class Trainer(ABC):
             self.resume()
 
     def update(self, name: str, learning_rate: float, progress: float, clip: float) -> None:
-        """Clipped update of one module from its gradients, at `learning_rate` as decayed at `progress`; clears them."""
+        """Clipped update of one module from its gradients, at `learning_rate` as decayed at `progress`; clears them.
+
+        Gradients that are not finite are left out: one bad batch would be the end of the weights and of their averages.
+        """
         module, optimizer = self.modules[name], self.optimizers[name]
-        nn.utils.clip_grad_norm_(module.parameters(), clip)
+        norm = nn.utils.clip_grad_norm_(module.parameters(), clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(progress, final=0.01)
-        optimizer.step()
+        if torch.isfinite(norm):
+            optimizer.step()
         module.zero_grad(set_to_none=True)
 
     def count(self, *batches: Tensor) -> None:
