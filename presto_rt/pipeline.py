@@ -169,7 +169,8 @@ class Pipeline:
         latents = []
         # On a CPU clips run one after another: batching gains nothing at these sizes, and a clip is then the same
         # to the bit whether it was asked for alone or among others.
-        size = 1 if self.device.type == "cpu" else max(1, 32_768 // plan.frames)
+        # On a GPU a graph holds a power of two.
+        size = 1 if self.device.type == "cpu" else 1 << (max(1, 32_768 // plan.frames).bit_length() - 1)
         for first in range(0, len(prompts), size):
             part = slice(first, first + size)
             given = (plan, prompts[part], tempos[part], keys[part], seeds[part], negative_prompt, callback)
