@@ -16,7 +16,7 @@ import torch
 from models import write_tiny_model
 
 from presto_rt.data.manifest import Item, Manifest
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInput, MissingDependency
 from presto_rt.evaluation import report, run
 from presto_rt.evaluation.tonality import NAMES
 
@@ -102,6 +102,21 @@ def test_report_is_json_and_markdown(result: dict[str, Any], tmp_path: Path) -> 
     assert len(rows) == 2
     assert rows[1].count("|") == header.count("|")
     assert any(line.startswith("| noise, captions shuffled |") for line in lines)
+
+
+def test_the_command_has_no_paths_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = "A=/home/me/models/nano,steps=4"
+    arguments = ["/usr/bin/presto-rt", "eval", "--row", row, "--data=/my data/set/", "/x", "out/a", "../b", "70%"]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert report.environment()["command"] == "presto-rt eval --row A=nano,steps=4 --data=set/ x out/a ../b 70%"
+
+
+def test_missing_judges_are_named_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    find = importlib.util.find_spec
+    gone = ("prdc", "basic_pitch")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else find(name))
+    with pytest.raises(MissingDependency, match="basic_pitch, prdc: pip install"):
+        run.evaluate_model(None, tmp_path, 5, 2.0, tmp_path / "out")
 
 
 def test_sets_need_a_caption_per_clip() -> None:

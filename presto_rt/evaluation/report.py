@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -140,7 +141,8 @@ def environment() -> dict[str, Any]:
             (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")),
             cpu,
         )
-    command = " ".join([Path(sys.argv[0]).name, *(a if not os.path.isabs(a) else Path(a).name for a in sys.argv[1:])])
+    absolute = re.compile(r"(?<![\w.~-])/(?:[^/,=]+/(?=[^/,=]))*")  # also in NAME=/some/model,steps=4
+    command = " ".join([Path(sys.argv[0]).name, *(absolute.sub("", a) for a in sys.argv[1:])])
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from presto_rt.evaluation.report import evaluate, write
 
 log = logging.getLogger("presto_rt")
 RENDERED = ("solo", "duo", "band")
+JUDGES = ("musicnn", "basic_pitch", "onnxruntime", "prdc", "scipy")
 
 
 class Lazy(Sequence[np.ndarray]):
@@ -239,6 +241,15 @@ def codec_controls(
     }
 
 
+def check_judges() -> None:
+    """Raises MissingDependency where a judge's package is not installed: to be said before hours of generating."""
+    if missing := [name for name in JUDGES if importlib.util.find_spec(name) is None]:
+        raise MissingDependency(
+            f"the judges need {', '.join(missing)}: pip install 'presto-rt[eval]', then pip install --no-deps "
+            "musicnn==0.1.0 basic-pitch==0.4.0"
+        )
+
+
 def evaluate_model(
     model: Any,
     data_root: str | Path,
@@ -264,8 +275,9 @@ def evaluate_model(
     decoded Gaussian latents and of noise with the music's spectrum; and every set with its captions shuffled. The
     reference is `reference_count` clips of the other splits. Generated clips are kept below `out`, and what was
     heard in any clip in `data_root`/heard by the hash of its samples, so a run can be repeated or resumed. Returns
-    what was written.
+    what was written. Raises InvalidInput, and MissingDependency before any work where a judge is not installed.
     """
+    check_judges()
     root, folder = Path(data_root), Path(out)
     manifest = load_manifest(root)
     records = choose(items(manifest, split, RENDERED), count, seconds, seed)
