@@ -106,12 +106,13 @@ bench: $(VENV)/.installed-tests
 	$(BIN)/python bench/e2e.py
 	$(BIN)/python bench/readme.py
 
-# What only a CUDA GPU can tell, in one command of 9 minutes: the end-to-end ladder, then the kernels; without a GPU it is
-# a dry run. More time is E2E_MINUTES=14 (the slowest baseline is last) and KERNEL_MINUTES=7. RUN=python3 takes a Python that has torch, Triton and pytest already, and installs nothing.
+# What only a CUDA GPU can tell, in one command of 9 minutes: whether captured graphs are right, the end-to-end ladder, the
+# kernels; without a GPU it is a dry run. More time is E2E_MINUTES=14 (the slowest baseline is last) and KERNEL_MINUTES=7. RUN=python3 takes a Python that has torch, Triton and pytest already, and installs nothing.
 RUN ?= $(BIN)/python
 E2E_MINUTES ?= 5
 KERNEL_MINUTES ?= 3.5
 bench-gpu: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/.installed-tests)
+	-$(RUN) -m pytest -q tests/test_graph_cuda.py
 	-$(RUN) -m bench.e2e_gpu --minutes $(E2E_MINUTES)
 	$(RUN) -m bench.e2e_gpu --readme
 	$(RUN) -m bench.kernels --gpu --minutes $(KERNEL_MINUTES)
