@@ -11,6 +11,8 @@ A few-step generator can lose layers too (Presto-S, then layers). It samples, so
 is the generator's own answer before it lost any, at the levels of its sampler,
 
     lambda(s) |G_b(x + s n; s, c) - G(x + s n; s, c)|^2                            (method "generator")
+
+Its blocks are a prefix: the shifted drop begins nearer to full depth, but learns more slowly (docs/distillation.md).
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "no-shift": {"shifted": False},
     "no-budget": {"budget_input": False},
     "no-self-teacher": {"self_teacher": False},
-    "generator": {"generator": True, "self_teacher": False, "text_dropout": 0.0},
+    "generator": {"generator": True, "self_teacher": False, "text_dropout": 0.0, "shifted": False},
 }
 
 
