@@ -13,6 +13,7 @@ HOURS ?= 25
 CODEC_MINUTES ?= 50
 BASE_MINUTES ?= 110
 STEP_MINUTES ?= 60
+LAYER_MINUTES ?= 20
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -92,7 +93,9 @@ model: $(VENV)/.installed-training
 	$(BIN)/presto-rt train encode
 	$(BIN)/presto-rt train base --minutes $(BASE_MINUTES) --resume
 	$(BIN)/presto-rt distill steps --teacher runs/base --minutes $(STEP_MINUTES) --run runs/presto-s --resume
-	$(BIN)/presto-rt train pack out/nano --base runs/presto-s
+	$(BIN)/presto-rt distill layers --method generator --teacher runs/presto-s --minutes $(LAYER_MINUTES) --run runs/presto-sl --resume \
+	    --set learning_rate=2e-4 --set tokens=1024
+	$(BIN)/presto-rt train pack out/nano --base runs/presto-sl
 	$(BIN)/presto-rt train pack out/nano-base --codec out/nano --share-codec --defaults '{"steps": 32, "sampler": "dpmpp_2m", "guidance": 2.0, "guidance_interval": [0.0, 3.0]}'
 
 # Each writes bench/results/*.json; the last puts their tables into the README. GPU=--gpu for the kernels on a CUDA device.

@@ -70,11 +70,16 @@ def pipeline(a: argparse.Namespace, threads: int, dtype: str, backend: str) -> P
                     threads=threads, name=f"{a.random} (random)", int8=dtype == "int8")  # fmt: skip
 
 
+def chosen(a: argparse.Namespace) -> dict[str, Any]:
+    """The plan, as `Pipeline.plan` and `generate` take it."""
+    return {"steps": a.steps, "sampler": a.sampler, "guidance": a.guidance, "layers": a.layers}
+
+
 def trajectories(a: argparse.Namespace, threads: int) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
     """The denoising of one plan by each way, on equal inputs, and why some are missing."""
     ways: dict[str, Callable[[], Tensor]] = {}
     first = pipeline(a, threads, "fp32", "torch")
-    plan = first.plan(a.seconds, steps=a.steps, sampler=a.sampler, guidance=a.guidance)
+    plan = first.plan(a.seconds, **chosen(a))
     condition = first._condition(plan, [PROMPT], [84.0], [None])
 
     def add(name: str, model: Pipeline) -> None:
@@ -128,7 +133,7 @@ def networks(a: argparse.Namespace, threads: int) -> dict[str, dict[str, Callabl
 
 def whole_clips(a: argparse.Namespace, threads: int) -> dict[str, Callable[[], object]]:
     """From prompt to samples: by torch alone, as if there were no C++ module, and by the engine."""
-    request = {"seconds": a.seconds, "steps": a.steps, "sampler": a.sampler, "guidance": a.guidance, "seed": 1}
+    request = {"seconds": a.seconds, "seed": 1, **chosen(a)}
 
     def eager(model: Pipeline) -> object:
         with mock.patch.object(native, "lib", None):
@@ -173,19 +178,19 @@ def whole(a: argparse.Namespace) -> Row:
                 several = {"whole clip": whole_clips(a, threads), **networks(a, threads)}
                 parts[threads] = {n: interleaved(w, a.repeats) for n, w in several.items()}
         ours = pipeline(a, a.threads, "bf16", "cpu")
-        plan = ours.plan(a.seconds, steps=a.steps, sampler=a.sampler, guidance=a.guidance)
+        plan = ours.plan(a.seconds, **chosen(a))
         condition = ours._condition(plan, [PROMPT], [84.0], [None])
         runs = write_out(
             plan.sampler, plan.levels, plan.guidance, plan.layers, ours.config.network, ours.config.sigma_data
         )
         ready = ours.engine.plan(runs, condition, ours.dit.null(condition), plan.frames)
-    request = {"seconds": a.seconds, "steps": a.steps, "sampler": a.sampler, "guidance": a.guidance, "seed": 1}
+    request = {"seconds": a.seconds, "seed": 1, **chosen(a)}
     clips = [ours.generate(PROMPT, **request).timings for _ in range(a.repeats + 1)][1:]
     cost, rate = plan_cost(ready, 2), rates(a.threads)
     floor = max(cost.flops / rate["bf16 GFLOP/s"], cost.bytes / rate["copy GB/s"]) / 1e9
     blocks = block_cost(ours.config, 1, plan.frames, ready.keys.shape[3], 2)
     return {
-        "model": ours.name, "seconds": a.seconds, "steps": a.steps, "sampler": a.sampler, "guidance": a.guidance,
+        "model": ours.name, "seconds": a.seconds, **chosen(a),
         "threads": a.threads, "isa": native.lib.isa(), "evaluations": len(runs), "rates": rate,
         "transformer": scaling, "missing": missing, "networks": parts,
         "stages": {s: spread([c[s] for c in clips]) for s in clips[0]},
@@ -231,6 +236,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--sampler", default="few_step")
     parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--layers", default="100%", help="all, so that compilers and exports see one graph")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)

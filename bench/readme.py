@@ -38,7 +38,8 @@ def main() -> None:
     if (data := _read("cpu")) is not None:
         row, machine = data["rows"], data["machine"]
         note = (f"{row['seconds']:g} s of stereo, {row['model']}, {row['evaluations']} evaluations, guidance "
-                f"{row['guidance']:g}, on {machine['device']} (`{machine['command']}`).")  # fmt: skip
+                f"{row['guidance']:g}, layers {row.get('layers', '100%')}, on "
+                f"{machine['device']} (`{machine['command']}`).")  # fmt: skip
         replace_section(CPU, "cpu", f"{note}\n\n{cpu.render(row).strip()}")
     for name, render in (
         ("cpu-clips", clips.render),
