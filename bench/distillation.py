@@ -66,6 +66,7 @@ TABLES: dict[str, tuple[str, list[Entry]]] = {
         [REFERENCE]
         + [Entry(f"teacher, {n} step{'s' * (n > 1)}", "base", {"steps": n}) for n in STEPS]
         + [few(label, training, n) for label, training in METHODS for n in STEPS]
+        + [few("Presto-S, 42 minutes", "presto-s-long")]
         + [few("shipped nano, all layers", SHIPPED, n, layers="100%") for n in STEPS],
     ),
     "noise": (
@@ -76,8 +77,8 @@ TABLES: dict[str, tuple[str, list[Entry]]] = {
     ),
     "both": (
         "Both",
-        [REFERENCE, few("Presto-S", "presto-s"), few("shipped nano, all layers", SHIPPED, layers="100%"),
-         few("Presto-LS 70%", "presto-ls", layers="70%"),
+        [REFERENCE, few("Presto-S", "presto-s"), few("Presto-S, 42 minutes", "presto-s-long"),
+         few("shipped nano, all layers", SHIPPED, layers="100%"), few("Presto-LS 70%", "presto-ls", layers="70%"),
          few("Presto-LS 70%", "presto-ls", 1, layers="70%"),
          few("Presto-S, then layers 70%", "presto-sl", layers="70%"),
          few("Presto-S, then layers 70%", "presto-sl", 1, layers="70%"),
