@@ -147,7 +147,7 @@ def time_rows(a: argparse.Namespace) -> None:
     plans: dict[str, tuple[Any, dict[str, Any]]] = {}
     rows: dict[str, str] = {}
     for name in table["rows"]:
-        options = ENTRIES[name.partition(" (training seed ")[0]].options
+        options = {"layers": "100%", **ENTRIES[name.partition(" (training seed ")[0]].options}
         is_few = options.get("sampler") == FEW["sampler"]
         rows[name] = json.dumps([is_few, options], sort_keys=True)
         plans[rows[name]] = (models[is_few], options)
