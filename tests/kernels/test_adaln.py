@@ -37,22 +37,26 @@ CASES = [
 
 @pytest.mark.parametrize(("shape", "norm", "dtype"), CASES)
 def test_fused_against_fp64(device, shape, norm, dtype):
-    batch, _, width = shape
-    residual, branch = (strided(torch.randn(shape, device=device).to(dtype)) for _ in range(2))
-    residual = residual + 3  # a mean that is not zero tells the two norms apart
-    table = torch.randn(12, width, device=device)
-    base = torch.randint(0, 7, (batch,), device=device, dtype=torch.int32)
-    rows = {"gate": 5, "shift": 0, "scale": 3}
-    r, y = poisoned(*shape, dtype=dtype, device=device), poisoned(*shape, dtype=dtype, device=device)
-    adaln.gate_residual_norm_modulate(
-        residual, branch, table, base=base, norm=norm, residual_out=r, out=y, backend="triton", **rows
-    )
-    true_r, _ = plain(residual.double(), branch.double(), table.double(), base, **rows, norm=norm)
-    _, true_y = plain(r.double(), None, table.double(), base, **rows, norm=norm)
-    eager_r, _ = plain(residual, branch, table, base, **rows, norm=norm)
-    _, eager_y = plain(r, None, table, base, **rows, norm=norm)
-    assert_no_worse(r, eager_r, true_r)
-    assert_no_worse(y, eager_y, true_y)
+    batch, tokens, width = shape
+    found = []
+    for _ in range(-(-16 // (batch * tokens))):  # one row alone has one mean and one spread, and their rounding is luck
+        residual, branch = (strided(torch.randn(shape, device=device).to(dtype)) for _ in range(2))
+        residual = residual + 3  # a mean that is not zero tells the two norms apart
+        table = torch.randn(12, width, device=device)
+        base = torch.randint(0, 7, (batch,), device=device, dtype=torch.int32)
+        rows = {"gate": 5, "shift": 0, "scale": 3}
+        r, y = poisoned(*shape, dtype=dtype, device=device), poisoned(*shape, dtype=dtype, device=device)
+        adaln.gate_residual_norm_modulate(
+            residual, branch, table, base=base, norm=norm, residual_out=r, out=y, backend="triton", **rows
+        )
+        true_r, _ = plain(residual.double(), branch.double(), table.double(), base, **rows, norm=norm)
+        _, true_y = plain(r.double(), None, table.double(), base, **rows, norm=norm)
+        eager_r, _ = plain(residual, branch, table, base, **rows, norm=norm)
+        _, eager_y = plain(r, None, table, base, **rows, norm=norm)
+        found.append((r, eager_r, true_r, y, eager_y, true_y))
+    each = [torch.stack(several) for several in zip(*found, strict=True)]
+    assert_no_worse(*each[:3])
+    assert_no_worse(*each[3:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
