@@ -2,9 +2,10 @@
 
 One process, one set of weights, one plan: the denoising trajectory by eager torch in fp32 and bf16, by torch.compile
 with freezing in both, by ONNX Runtime and OpenVINO where they are installed, and by the engine in fp32, bf16 and with
-int8 products, interleaved so that a busy moment meets all of them; with one thread and with all. Then whole clips, the
-codec's network and the text encoder by eager torch and by the engine, the stages of a whole clip, the machine's own
-rates and the roofline that follows. Medians; wall clock; nothing is left out when ours is slower.
+int8 products, interleaved so that a busy moment meets all of them; with one thread and with all. Then the codec's
+network and the text encoder by eager torch and by the engine, whole clips by eager torch, by torch compiled and by the
+engine, the stages of a whole clip, the machine's own rates and the roofline that follows. Medians; wall clock; nothing
+is left out when ours is slower.
 
 bench/operators.py times the operators one by one; bench/clips.py whole clips in processes of their own.
 """
@@ -31,7 +32,7 @@ from presto_rt.engine.plan import block_cost, plan_cost
 from presto_rt.engine.threads import limited
 from presto_rt.engine.trajectory import write_out
 from presto_rt.models.codec import Codec
-from presto_rt.models.dit import DiT
+from presto_rt.models.dit import Condition, DiT
 from presto_rt.pipeline import Pipeline, load
 from presto_rt.text import load_text_encoder
 
@@ -75,76 +76,87 @@ def chosen(a: argparse.Namespace) -> dict[str, Any]:
     return {"steps": a.steps, "sampler": a.sampler, "guidance": a.guidance, "layers": a.layers}
 
 
-def trajectories(a: argparse.Namespace, threads: int) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    """The denoising of one plan by each way, on equal inputs, and why some are missing."""
-    ways: dict[str, Callable[[], Tensor]] = {}
-    first = pipeline(a, threads, "fp32", "torch")
-    plan = first.plan(a.seconds, **chosen(a))
-    condition = first._condition(plan, [PROMPT], [84.0], [None])
+def plain(a: argparse.Namespace, threads: int, dtype: str, compiled: bool = False) -> Pipeline:
+    """torch's own: transformer and decoder in `dtype`, both compiled with freezing or neither."""
+    model = pipeline(a, threads, dtype, "torch")
+    decoder = model.codec.decoder.to(DTYPES[dtype])
+    if compiled:
+        model.dit.forward = torch.compile(model.dit.forward)
+        decoder.forward = torch.compile(decoder.forward)
+    decoder.register_forward_pre_hook(lambda _, given: (given[0].to(DTYPES[dtype]),))
+    decoder.register_forward_hook(lambda _, given, output: output.float())
+    return model
 
-    def add(name: str, model: Pipeline) -> None:
-        other = model.dit.null(condition)
-        ways[name] = lambda: model.denoise(plan, condition, other, [1])
 
-    add("eager fp32", first)
-    add("eager bf16", pipeline(a, threads, "bf16", "torch"))
-    for dtype in ("fp32", "bf16", "int8"):
-        add(f"ours {dtype}", pipeline(a, threads, dtype, "cpu"))
+def every_way(a: argparse.Namespace, threads: int) -> tuple[dict[str, Pipeline], dict[str, str]]:
+    """The same model by each way, and why some are missing."""
+    models = {f"eager {dtype}": plain(a, threads, dtype) for dtype in DTYPES}
+    models |= {f"ours {dtype}": pipeline(a, threads, dtype, "cpu") for dtype in (*DTYPES, "int8")}
     missing: dict[str, str] = {}
     if a.compile:
         import torch._inductor.config as inductor
 
         inductor.freezing = True
-        for dtype in DTYPES:
-            model = pipeline(a, threads, dtype, "torch")
-            model.dit.forward = torch.compile(model.dit.forward)
-            add(f"compiled {dtype}", model)
+        models |= {f"compiled {dtype}": plain(a, threads, dtype, compiled=True) for dtype in DTYPES}
     if a.others and a.guidance == 1.0:
-        example = (torch.randn(1, plan.frames, first.config.latent_channels), torch.zeros(1),
+        plan, condition = models["eager fp32"].plan(a.seconds, **chosen(a)), conditions(a, models["eager fp32"])[0]
+        example = (torch.randn(1, plan.frames, models["eager fp32"].config.latent_channels), torch.zeros(1),
                    *(getattr(condition, name) for name in FIELDS))  # fmt: skip
-        for name, network in others(first.dit, example, threads).items():
+        for name, network in others(models["eager fp32"].dit, example, threads).items():
             if isinstance(network, str):
                 missing[name] = network
             else:
-                model = pipeline(a, threads, "fp32", "torch")
-                model.dit.forward = network
-                add(name, model)
-    return ways, missing
+                models[name] = plain(a, threads, "fp32")
+                models[name].dit.forward = network
+    return models, missing
+
+
+def conditions(a: argparse.Namespace, model: Pipeline) -> tuple[Condition, Condition]:
+    """What the prompt says, and what no prompt says."""
+    condition = model._condition(model.plan(a.seconds, **chosen(a)), [PROMPT], [84.0], [None])
+    return condition, model.dit.null(condition)
+
+
+def trajectories(a: argparse.Namespace, models: dict[str, Pipeline]) -> dict[str, Callable[[], Tensor]]:
+    """The denoising of one plan by each way, on equal inputs."""
+    first = models["eager fp32"]
+    plan, (condition, _) = first.plan(a.seconds, **chosen(a)), conditions(a, first)
+    return {
+        name: partial(model.denoise, plan, condition, model.dit.null(condition), [1]) for name, model in models.items()
+    }
 
 
 def networks(a: argparse.Namespace, threads: int) -> dict[str, dict[str, Callable[[], object]]]:
     """The codec's decoder and the text encoder, by eager torch in fp32 (what ran before) and bf16 and by the engine."""
     ours, encoder = pipeline(a, threads, "bf16", "cpu"), load_text_encoder()
     latents = torch.randn(1, ours.plan(a.seconds).frames, ours.config.latent_channels) * 0.5
-    narrow = pipeline(a, threads, "bf16", "torch").codec
-    narrow.decoder.bfloat16()
+    narrow = plain(a, threads, "bf16").codec
     ids = torch.tensor([encoder.tokenizer.encode(PROMPT).ids])
     mask = torch.ones_like(ids, dtype=torch.bool)
     ours._encode([PROMPT])
     return {
         "codec's decoder network": {
             "eager fp32": lambda: ours.codec.decode_features(latents),
-            "eager bf16": lambda: narrow.decoder((latents / narrow.latent_scale + narrow.latent_mean).bfloat16()),
+            "eager bf16": lambda: narrow.decode_features(latents),
             "ours bf16": lambda: ours.decoder(latents),
         },
         "text encoder": {"eager fp32": lambda: encoder(ids, mask), "ours bf16": lambda: ours._text(ids, mask)},
     }
 
 
-def whole_clips(a: argparse.Namespace, threads: int) -> dict[str, Callable[[], object]]:
+def whole_clips(a: argparse.Namespace, models: dict[str, Pipeline]) -> dict[str, Callable[[], object]]:
     """From prompt to samples: by torch alone, as if there were no C++ module, and by the engine."""
     request = {"seconds": a.seconds, "seed": 1, **chosen(a)}
 
-    def eager(model: Pipeline) -> object:
+    def torch_alone(model: Pipeline) -> object:
         with mock.patch.object(native, "lib", None):
             return model.generate(PROMPT, **request)
 
-    ways: dict[str, Callable[[], object]] = {}
-    for dtype in DTYPES:
-        ways[f"eager {dtype}"] = partial(eager, pipeline(a, threads, dtype, "torch"))
-    for dtype in (*DTYPES, "int8"):
-        ways[f"ours {dtype}"] = partial(pipeline(a, threads, dtype, "cpu").generate, PROMPT, **request)
-    return ways
+    return {
+        name: partial(model.generate, PROMPT, **request) if name.startswith("ours") else partial(torch_alone, model)
+        for name, model in models.items()
+        if name.split()[0] in ("eager", "compiled", "ours")
+    }
 
 
 def rates(threads: int) -> dict[str, float]:
@@ -173,17 +185,19 @@ def whole(a: argparse.Namespace) -> Row:
     with torch.inference_mode():
         for threads in sorted({1, a.threads}):
             with limited(threads):
-                ways, missing = trajectories(a, threads)
-                scaling[threads] = interleaved(ways, a.repeats)
-                several = {"whole clip": whole_clips(a, threads), **networks(a, threads)}
+                models, missing = every_way(a, threads)
+                scaling[threads] = interleaved(trajectories(a, models), a.repeats)
+                several = networks(a, threads)
+                if threads == a.threads:
+                    several["whole clip"] = whole_clips(a, models)
                 parts[threads] = {n: interleaved(w, a.repeats) for n, w in several.items()}
         ours = pipeline(a, a.threads, "bf16", "cpu")
         plan = ours.plan(a.seconds, **chosen(a))
-        condition = ours._condition(plan, [PROMPT], [84.0], [None])
+        condition, null = conditions(a, ours)
         runs = write_out(
             plan.sampler, plan.levels, plan.guidance, plan.layers, ours.config.network, ours.config.sigma_data
         )
-        ready = ours.engine.plan(runs, condition, ours.dit.null(condition), plan.frames)
+        ready = ours.engine.plan(runs, condition, null, plan.frames)
     request = {"seconds": a.seconds, "seed": 1, **chosen(a)}
     clips = [ours.generate(PROMPT, **request).timings for _ in range(a.repeats + 1)][1:]
     cost, rate = plan_cost(ready, 2), rates(a.threads)
