@@ -169,7 +169,7 @@ def rates(threads: int) -> dict[str, float]:
             x, product = torch.randn(rows, inputs).to(dtype), pack(torch.randn(outputs, inputs), None, dtype)
             out[f"{name} GFLOP/s"] = work / min(timed(lambda x=x, p=product: p(x)) for _ in range(20))
         x, narrow = (
-            torch.randint(-127, 128, (rows, inputs), dtype=torch.int8),
+            torch.randint(1, 256, (rows, inputs)).to(torch.uint8),
             pack_int8(torch.randn(outputs, inputs), None),
         )
         out["int8 Gop/s"] = work / min(timed(lambda: narrow(x, torch.bfloat16)) for _ in range(20))

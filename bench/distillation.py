@@ -73,6 +73,11 @@ TABLES: dict[str, tuple[str, list[Entry]]] = {
         + [few("Presto-S, 42 minutes", "presto-s-long")]
         + [few("shipped nano, all layers", SHIPPED, n, layers="100%") for n in STEPS],
     ),
+    "plans": (
+        "Plans of the shipped model, which `deadline_ms` chooses from",
+        [few("shipped nano, all layers", SHIPPED, n, layers="100%") for n in STEPS]
+        + [few(f"shipped nano, {share}", SHIPPED, n, layers=share) for share in ("70%", "50%") for n in STEPS],
+    ),
     "noise": (
         "Which noise levels each loss draws, and what the fake score knows; Presto-S with one change, 4 steps",
         [few("Presto-S", "presto-s")]

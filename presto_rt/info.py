@@ -34,6 +34,8 @@ def info_text() -> str:
     lines = [f"{name:<12} {version or 'not installed'}" for name, version in facts["versions"].items()]
     lines.append(f"{'cpu':<12} {cpu['model']}, {cpu['cores']} cores, {cpu['threads']} torch threads")
     lines.append(f"{'features':<12} {' '.join(cpu['features']) or 'none of those that matter here'}")
+    products = ", ".join(f"{name} {rate:.0f}" for name, rate in cpu["products"].items() if rate)
+    lines.append(f"{'products':<12} G operations a second on one thread: {products}; dtype auto is {cpu['dtype']}")
     lines += [f"{'gpu':<12} {gpu['name']}, {gpu['memory_gib']} GiB, sm_{gpu['capability']}" for gpu in gpus["devices"]]
     if not gpus["devices"]:
         lines.append(f"{'gpu':<12} none: {gpus['why']}")
@@ -60,6 +62,8 @@ def _versions() -> dict[str, str | None]:
 def _cpu() -> dict[str, Any]:
     import torch
 
+    from presto_rt.engine import rates
+
     model, flags = _read_cpuinfo()
     return {
         "model": model,
@@ -67,6 +71,8 @@ def _cpu() -> dict[str, Any]:
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "features": [name for name in CPU_FEATURES if name in flags],
+        "products": rates.product_rates(),
+        "dtype": rates.chosen(),
     }
 
 

@@ -6,7 +6,6 @@ import copy
 import logging
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -25,7 +24,7 @@ from .diffusion.guidance import Guidance, guided
 from .diffusion.precond import precondition
 from .diffusion.samplers import SAMPLERS, sample
 from .diffusion.schedule import Layers, LayerSchedule, parse_layers, sampling_levels
-from .engine import Engine
+from .engine import Engine, rates
 from .engine.cpu import CpuOps, unavailable
 from .engine.decoder import DecoderEngine
 from .engine.encoder import TextEngine
@@ -347,9 +346,10 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
     """Load a shipped model by name, or a folder with config.json and safetensors shards. "small-random" and the like
     are a preset without training, for timing.
 
-    device: "auto" takes a CUDA GPU when there is one. dtype of the transformer: "auto" is bfloat16 where the hardware
-    computes in it (CUDA, AVX512-BF16 or AMX), float32 elsewhere; "int8" does the CPU engine's products in 8-bit
-    integers, a scale for each token and output channel, and the rest as "auto" (docs/cpu.md has its cost); "fp8" is
+    device: "auto" takes a CUDA GPU when there is one. dtype of the transformer: "auto" is bfloat16 on a GPU, and on a
+    CPU what this processor is fastest in (`engine.rates` measures it once): bfloat16, float32, or "int8", which does
+    the engine's products in 8-bit integers, a scale for each token and output channel, and the rest in the faster of
+    the other two (docs/cpu.md has its cost). Name one where every processor shall round alike. "fp8" is
     bfloat16 with those products in fp8 that lose little by it (backend "graph", docs/engine.md). backend: "cpu" is the
     engine for CPUs, "graph" the one that runs all of a request as one CUDA graph (on a CPU: as one recorded function),
     "torch" plain torch; "auto" takes the device's engine where it can be had, else torch, and logs why. threads: of the
@@ -386,6 +386,7 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
     ran_by = _backend(backend, where, computed, config)
     if dtype == "int8" and ran_by != "cpu":
         raise BackendUnavailable('dtype="int8" needs the CPU engine: choose device="cpu" and backend="auto" or "cpu"')
+    int8 = dtype == "int8" or (dtype == "auto" and ran_by == "cpu" and rates.int8_pays())
     fp8 = None
     if dtype == "fp8":
         if ran_by != "graph":
@@ -395,7 +396,7 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
         fp8 = Fp8()
     return Pipeline(dit, codec, device=where, dtype=computed, name=Path(name).name, backend=ran_by, threads=threads,
                     defaults=Defaults.from_dict(loaded.config.get("defaults", {})), schedules=schedules,
-                    quality=loaded.config.get("quality", ()), digest=loaded.digest, int8=dtype == "int8", limits=limits,
+                    quality=loaded.config.get("quality", ()), digest=loaded.digest, int8=int8, limits=limits,
                     fp8=fp8, encoder=encoder)  # fmt: skip
 
 
@@ -432,9 +433,4 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     chosen = DTYPES[name]
     if chosen is not None:
         return chosen
-    fast = device.type == "cuda" or _cpu_computes_bf16()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def _cpu_computes_bf16() -> bool:
-    return platform.machine() in ("x86_64", "AMD64") and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+    return torch.bfloat16 if device.type == "cuda" else rates.fastest_float()

@@ -153,7 +153,7 @@ def quantize() -> Case:
 
     def plain() -> Tensor:
         scale = x.float().abs().amax(-1, keepdim=True) / 127
-        return (x.float() / scale).round().to(torch.int8)[0]
+        return ((x.float() / scale).round() + 128).to(torch.uint8)[0]
 
     return Case(lambda: ops.quantize(x)[0], plain, 3 * TOKENS * WIDTH)
 

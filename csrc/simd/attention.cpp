@@ -42,18 +42,32 @@ struct Pairs {
 };
 #endif
 
-// out[r][c] = sum_k a[r][k] panel[k][c] for a tile of kRows x kColumns. One step of k is 32 bits wide.
-template <class Math>
+// total[r][c] = sum_k a[r][k] panel[k][c] for a tile of kRows queries and kVectors of the panel's kTile vectors. One step of k
+// is 32 bits wide.
+template <class Math, int kVectors = kTile>
 PRESTO_RT_INLINE void tile(const typename Math::Number* a, std::int64_t a_row, const float* panel, std::int64_t depth,
                            Vec total[kRows][kTile]) {
   for (int r = 0; r < kRows; ++r)
-    for (int c = 0; c < kTile; ++c) total[r][c] = Vec{};
+    for (int c = 0; c < kVectors; ++c) total[r][c] = Vec{};
   for (std::int64_t k = 0; k < depth; ++k) {
-    Vec b[kTile];
-    for (int c = 0; c < kTile; ++c) b[c] = load(panel + k * kColumns + c * kWidth);
+    Vec b[kVectors];
+    for (int c = 0; c < kVectors; ++c) b[c] = load(panel + k * kColumns + c * kWidth);
     for (int r = 0; r < kRows; ++r)
-      for (int c = 0; c < kTile; ++c) total[r][c] = Math::dot(a + r * a_row + k * Math::kDepth, b[c], total[r][c]);
+      for (int c = 0; c < kVectors; ++c) total[r][c] = Math::dot(a + r * a_row + k * Math::kDepth, b[c], total[r][c]);
   }
+}
+
+// Scores of kRows queries against the keys of one panel: as many vectors of them as hold keys.
+template <class Math, int kVectors = kTile>
+PRESTO_RT_INLINE void panel_scores(const typename Math::Number* q, std::int64_t dim, const float* panel, std::int64_t keys,
+                                   float* scores, std::int64_t scores_row) {
+  if constexpr (kVectors > 1) {
+    if (keys <= (kVectors - 1) * kWidth) return panel_scores<Math, kVectors - 1>(q, dim, panel, keys, scores, scores_row);
+  }
+  Vec total[kRows][kTile];
+  tile<Math, kVectors>(q, dim, panel, dim / Math::kDepth, total);
+  for (int r = 0; r < kRows; ++r)
+    for (int c = 0; c < kVectors; ++c) store(scores + r * scores_row + c * kWidth, total[r][c]);
 }
 
 // The 32 bits of a panel that come from x[0] (and, for pairs, x[1]), or 0 where there is nothing.
@@ -113,20 +127,29 @@ void pack(const Attention& a, std::int64_t head) {
   pack_columns<Math>(static_cast<const T*>(a.v) + clip * a.v_batch + h * a.v_head, a.v_token, keys, padded, a.dim, out);
 }
 
-// Scores to weights, which sum to `total`: exp(scale (s - max)). Returns 1 / total.
+// Scores to weights, which sum to `total`: exp(scale (s - max)), and 0 up to the end of the last vector. Returns 1 / total.
 template <class Number>
-PRESTO_RT_INLINE float softmax(float* scores, Number* weights, std::int64_t keys, std::int64_t padded, float scale) {
-  for (std::int64_t i = keys; i < padded; ++i) scores[i] = -__builtin_inff();
+PRESTO_RT_INLINE float softmax(float* scores, Number* weights, std::int64_t keys, float scale) {
+  const std::int64_t whole = keys / kWidth * kWidth, end = up(keys, kWidth);
+  for (std::int64_t i = keys; i < end; ++i) scores[i] = -__builtin_inff();
   Vec top = all(-__builtin_inff());
-  for (std::int64_t i = 0; i < padded; i += kWidth) top = larger(load(scores + i), top);
+  for (std::int64_t i = 0; i < end; i += kWidth) top = larger(load(scores + i), top);
   float most = top[0];
   for (int i = 1; i < kWidth; ++i) most = top[i] > most ? top[i] : most;
   const Vec factor = all(scale), offset = all(-most * scale);
   Vec total{};
-  for (std::int64_t i = 0; i < padded; i += kWidth) {
+  for (std::int64_t i = 0; i < whole; i += kWidth) {
     const Vec w = exp(fma(load(scores + i), factor, offset));
     total += w;
     store(weights + i, w);
+  }
+  if (whole < end) {
+    // e to the power of -infinity is 0 by way of denormals, which cost a hundred cycles each: what is no key becomes e^0 first.
+    for (std::int64_t i = keys; i < end; ++i) scores[i] = most;
+    Vec w = exp(fma(load(scores + whole), factor, offset));
+    for (std::int64_t i = keys - whole; i < kWidth; ++i) w[i] = 0.0f;
+    total += w;
+    store(weights + whole, w);
   }
   return 1.0f / sum(total);
 }
@@ -147,17 +170,14 @@ void queries(const Attention& a, std::int64_t head, std::int64_t first, std::int
   for (std::int64_t token = first; token < last; token += kRows) {
     const std::int64_t rows = last - token < kRows ? last - token : kRows;
     take_queries<kRows>(a, from + token * a.q_token, rows, q, a.dim);
-    Vec total[kRows][kTile];
-    for (std::int64_t key = 0; key < padded; key += kColumns) {
-      tile<Math>(q, a.dim, key_panels + key / kColumns * panel_words, a.dim / Math::kDepth, total);
-      for (int r = 0; r < kRows; ++r)
-        for (int c = 0; c < kTile; ++c) store(scores + r * padded + key + c * kWidth, total[r][c]);
+    for (std::int64_t key = 0; key < keys; key += kColumns) {
+      panel_scores<Math>(q, a.dim, key_panels + key / kColumns * panel_words, keys - key, scores + key, padded);
     }
     float share[kRows];
-    for (int r = 0; r < kRows; ++r) share[r] = softmax(scores + r * padded, weights + r * padded, keys, padded, a.scale);
+    for (int r = 0; r < kRows; ++r) share[r] = softmax(scores + r * padded, weights + r * padded, keys, a.scale);
     for (std::int64_t column = 0; column < a.dim; column += kColumns) {
-      const std::int64_t words = padded / Math::kDepth;
-      tile<Math>(weights, padded, value_panels + column * words, words, total);
+      Vec total[kRows][kTile];
+      tile<Math>(weights, padded, value_panels + column * (padded / Math::kDepth), up(keys, Math::kDepth) / Math::kDepth, total);
       for (std::int64_t r = 0; r < rows; ++r)
         for (std::int64_t c = 0; c < kTile; ++c) {
           const std::int64_t at = column + c * kWidth, n = a.dim - at;

@@ -1,7 +1,9 @@
 // What stands before and after a matrix product in 8-bit integers, a row (a token) at a time:
 //
-//   quantize   scale = max |x| / 127        q = round(x / scale)
-//   rescale    out = activation(scale y + bias), y: the integers' product times each column's own scale
+//   quantize   scale = max |x| / 127        q = round(x / scale) + 128
+//   rescale    out = activation(scale y + bias), y: the product of q - 128, times each column's own scale
+//
+// The 128 makes them unsigned, which is what VNNI multiplies; oneDNN takes signed ones to a reference loop there.
 //
 // A NaN or an infinity in a row makes its scale one, and so its whole result.
 #include "activation.h"
@@ -10,9 +12,9 @@
 namespace presto_rt {
 
 struct Quantize {
-  const void* x;     // (rows, width), fp32 or bf16
-  std::int8_t* out;  // (rows, width)
-  float* scale;      // (rows,)
+  const void* x;      // (rows, width), fp32 or bf16
+  std::uint8_t* out;  // (rows, width)
+  float* scale;       // (rows,)
   std::int64_t width;
   bool bf16;
 };
@@ -31,13 +33,13 @@ struct Rescale {
 namespace PRESTO_RT_ISA {
 namespace {
 
-typedef std::int8_t Bytes __attribute__((vector_size(kWidth)));
+typedef std::uint8_t Bytes __attribute__((vector_size(kWidth)));
 
 template <class T>
 void quantize_rows(const Quantize& a, std::int64_t first, std::int64_t last) {
   for (std::int64_t row = first; row < last; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * a.width;
-    std::int8_t* out = a.out + row * a.width;
+    std::uint8_t* out = a.out + row * a.width;
     Vec top{}, sum_of_products{};
     for (std::int64_t i = 0; i < a.width; i += kWidth) {
       const Vec v = load(x + i, a.width - i);
@@ -52,7 +54,8 @@ void quantize_rows(const Quantize& a, std::int64_t first, std::int64_t last) {
       const Vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
       const Vec n = load(x + i, a.width - i) * factor + magic - magic;
       const Vec limited = smaller(all(127.0f), larger(all(-127.0f), n));
-      const Bytes q = __builtin_convertvector(__builtin_convertvector(limited == limited ? limited : Vec{}, Ints), Bytes);
+      const Ints whole = __builtin_convertvector(limited == limited ? limited : Vec{}, Ints) + 128;
+      const Bytes q = __builtin_convertvector(whole, Bytes);
       if (a.width - i >= kWidth) {
         __builtin_memcpy(out + i, &q, sizeof q);
       } else {
@@ -104,7 +107,7 @@ namespace {
 void quantize_call(std::uintptr_t x, std::uintptr_t out, std::uintptr_t scale, bool bf16, std::int64_t rows, std::int64_t width,
                    int threads) {
   require(x && out && scale && rows >= 0 && width >= 1, "quantize: needs x, out, scale and a size");
-  const Quantize a{pointer<void>(x), pointer<std::int8_t>(out), pointer<float>(scale), width, bf16};
+  const Quantize a{pointer<void>(x), pointer<std::uint8_t>(out), pointer<float>(scale), width, bf16};
   const auto variant = quantize_variant();
   py::gil_scoped_release release;
   parallel_ranges(threads, rows, 8, [&](std::int64_t first, std::int64_t last) { variant(a, first, last); });
@@ -129,7 +132,7 @@ void rescale_call(std::uintptr_t y, std::uintptr_t scale, std::uintptr_t bias, s
 void bind_quantize(pybind11::module_& module) {
   namespace py = pybind11;
   module.def("quantize", &presto_rt::quantize_call, py::arg("x"), py::arg("out"), py::arg("scale"), py::arg("bf16"),
-             py::arg("rows"), py::arg("width"), py::arg("threads"), "x (rows, width) -> int8 and a scale a row. Addresses.");
+             py::arg("rows"), py::arg("width"), py::arg("threads"), "x (rows, width) -> uint8 around 128 and a scale a row. Addresses.");
   module.def("rescale", &presto_rt::rescale_call, py::arg("y"), py::arg("scale"), py::arg("bias"), py::arg("out"),
              py::arg("bf16"), py::arg("rows"), py::arg("width"), py::arg("kind"), py::arg("threads"),
              "activation(scale y + bias) into out; kind 0 gelu_tanh, 1 silu, 3 none. Addresses; 0 for no bias.");

@@ -30,8 +30,15 @@ typedef std::int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef std::uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef std::uint16_t Halves __attribute__((vector_size(2 * kWidth)));
 
+// Not Vec{} + x: that adds (-0.0 + 0.0 is 0.0), where a broadcast from memory costs nothing.
 PRESTO_RT_INLINE Vec all(float x) {
-  return Vec{} + x;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_set1_ps(x);
+#else
+  return Vec{x, x, x, x};
+#endif
 }
 
 // a * b + c, rounded once where the instruction set can. All other products and sums stay apart (-ffp-contract=off).
@@ -147,9 +154,13 @@ PRESTO_RT_INLINE Vec exp(Vec x) {
   p = fma(p, r, all(1.0f / 6.0f));
   p = fma(p, r, all(0.5f));
   p = fma(p * r, r, r) + 1.0f;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)n);
+#else
   const Ints whole = __builtin_convertvector(n == n ? n : Vec{}, Ints);
   const Ints half = whole >> 1;
   return p * (Vec)((half + 127) << 23) * (Vec)((whole - half + 127) << 23);
+#endif
 }
 
 }  // namespace PRESTO_RT_ISA

@@ -8,6 +8,7 @@ every call, so two models of one process may use different numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -70,8 +71,8 @@ def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int | No
 
 @dataclass(frozen=True)
 class Packed8:
-    """Weights in int8, a scale (N,) for each output channel, in oneDNN's own layout. The activations come as int8 with
-    a scale for each token. bias (N,) fp32."""
+    """Weights in int8, a scale (N,) for each output channel, in oneDNN's own layout. The activations come as uint8
+    around 128 with a scale for each token. bias (N,) fp32."""
 
     weight: Tensor
     scale: Tensor
@@ -81,7 +82,7 @@ class Packed8:
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Integers (rows, K) -> their product times the weights' scales, (rows, N)."""
         return torch.ops.onednn.qlinear_pointwise(
-            x, 1.0, 0, self.weight, self.scale, self.zero, None, 1.0, 0, dtype, "none", [], ""
+            x, 1.0, 128, self.weight, self.scale, self.zero, None, 1.0, 0, dtype, "none", [], ""
         )
 
 
@@ -95,6 +96,19 @@ def pack_int8(weight: Tensor, bias: Tensor | None) -> Packed8:
     return Packed8(packed, scale, zero, None if bias is None else bias.detach().float().clone())
 
 
+@cache
+def int8_is_exact() -> bool:
+    """Whether products in int8 can be had, and are right: without VNNI two neighbours overflow 16 bits."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    ones = pack_int8(torch.ones(16, WIDE), None)
+    try:
+        most = ones(torch.full((2, WIDE), 255, dtype=torch.uint8), torch.float32)
+    except RuntimeError:  # oneDNN has none for this processor
+        return False
+    return bool(((most / WIDE - 127.0).abs() < 1e-2).all())
+
+
 def check(x: Tensor, *shape: int, dtype: torch.dtype) -> int:
     """The tensor's address, if it is contiguous, of this shape and dtype, and on the CPU; ValueError otherwise."""
     if x.shape != shape or x.dtype != dtype or not x.is_contiguous() or x.device.type != "cpu":
@@ -106,14 +120,14 @@ class CpuOps:
     """C++ and oneDNN in fp32 or bf16. See `forward.Ops` and `decoder.NetworkOps`.
 
     int8: products of at least WIDE inputs are done in 8-bit integers, the rest and all between them in `dtype`. Raises
-    BackendUnavailable where `unavailable` gives a reason, and for int8 without oneDNN.
+    BackendUnavailable where `unavailable` gives a reason, and for int8 where `int8_is_exact` says no.
     """
 
     owns_products = True  # oneDNN's packed product takes no output tensor
 
     def __init__(self, dtype: torch.dtype = torch.float32, threads: int | None = None, int8: bool = False) -> None:
-        if int8 and not torch.backends.mkldnn.is_available():
-            raise BackendUnavailable("int8 needs oneDNN, which this torch does not have")
+        if int8 and not int8_is_exact():
+            raise BackendUnavailable("int8 needs a torch with oneDNN and a processor with VNNI; choose another dtype")
         self.int8 = int8
         if (why := unavailable(dtype)) is not None:
             raise BackendUnavailable(f"the CPU engine cannot be used: {why}")
@@ -136,9 +150,9 @@ class CpuOps:
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (..., K) -> int8 (rows, K) and a scale (rows,) fp32 for each row."""
+        """x (..., K) -> uint8 (rows, K) around 128 and a scale (rows,) fp32 for each row."""
         rows, width = x.numel() // x.shape[-1], x.shape[-1]
-        out, scale = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
+        out, scale = torch.empty(rows, width, dtype=torch.uint8), torch.empty(rows)
         address = check(x, *x.shape, dtype=self.dtype)
         self.lib.quantize(address, out.data_ptr(), scale.data_ptr(), self.bf16, rows, width, self.threads)
         return out, scale
