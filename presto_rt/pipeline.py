@@ -89,7 +89,7 @@ class Pipeline:
 
     schedules: the layer schedules that the weights have learned, by budget. quality: measured figures of plans, each
     {"steps", "layers", "kid"}, for `deadline_ms`. digest: names the weights. backend: "torch", or "cpu" for the engine,
-    which runs on `threads` threads (None: as many as torch). int8: its transformer's products in 8-bit integers.
+    which runs on `threads` threads (None: as many as torch). int8: its products in 8-bit integers.
     "graph" is `engine.graph`, with `limits` and `fp8`. encoder: of texts, the shared one by default.
     """
 
@@ -110,7 +110,7 @@ class Pipeline:
         self._text: TextEngine | None = None  # made from the shared text encoder with the first prompt
         if backend == "cpu":
             self.engine = Engine(dit, CpuOps(dtype, threads, int8), threads)
-            self.decoder = DecoderEngine(codec, CpuOps(dtype, threads), threads)
+            self.decoder = DecoderEngine(codec, CpuOps(dtype, threads, int8), threads)
         self.graph: GraphEngine | None = None
         self.codec = codec.to(device).eval().requires_grad_(False)
         if backend == "graph":
@@ -324,7 +324,7 @@ class Pipeline:
     def _encode(self, prompts: list[str]) -> TextStates:
         encoder = self.encoder
         if self.decoder is not None and self._text is None:
-            self._text = TextEngine(encoder, self.decoder.ops, self.decoder.threads)
+            self._text = TextEngine(encoder, CpuOps(self.dtype, self.decoder.threads), self.decoder.threads)
         states = encoder.encode(prompts, self.config.text_tokens, self._text)
         return TextStates(*(t.to(self.device) for t in (states.states, states.mask, states.pooled)))
 

@@ -31,7 +31,7 @@ from ..errors import InvalidInput
 from ..models.dit import Condition, DiT, drop_text
 from ..training.base import draw_batch, held_out_error
 from ..training.common import Ema
-from ..training.loop import adamw, compile_blocks
+from ..training.loop import adamw, autocast, compile_blocks
 from .levels import draw_levels
 from .losses import weighted_error
 from .trainer import Distiller
@@ -144,7 +144,7 @@ class LayerTrainer(Distiller):
         noisy = x + sigma[:, None, None] * self.gaussian(x)
         weight, full = loss_weight(sigma, self.config.sigma_data), LayerSchedule.full(self.config.blocks)
         losses = {}
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device):
             short = self.denoise(noisy, sigma, condition, layers)
             if not o.generator:
                 losses["denoising"] = weighted_error(short, x, weight)

@@ -32,7 +32,7 @@ from ..errors import InvalidInput
 from ..models.dit import Condition, DiT
 from ..training.base import draw_batch, held_out_error
 from ..training.common import Ema
-from ..training.loop import adamw, compile_blocks
+from ..training.loop import adamw, autocast, compile_blocks
 from .discriminator import Head
 from .fake_score import FakeScore
 from .levels import check_levels, draw_levels
@@ -324,7 +324,7 @@ class StepTrainer(Distiller):
         """Gradients of one side's losses on a fresh batch; returns the losses and the batch."""
         o = self.options
         x, condition = draw_batch(self.train_set, self.rng, o.tokens, o.frames, o.control_dropout)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device):
             losses = side(x, condition)
         torch.stack([v.float() for v in losses.values()]).sum().backward()
         return {k: float(v.detach()) for k, v in losses.items()}, x

@@ -20,7 +20,7 @@ from ..errors import InvalidInput
 from ..models.dit import Condition, DiT, drop_text
 from .common import Ema, checkpoint_meta
 from .conditions import LatentSet
-from .loop import Trainer, adamw, compile_blocks, large_batches
+from .loop import Trainer, adamw, autocast, compile_blocks, large_batches
 from .networks import load_network
 from .slow import SlowError
 
@@ -80,7 +80,7 @@ def held_out_error(
     out = {}
     for s in VALIDATION_SIGMAS:
         sigma = torch.full((clips,), s, device=x.device)
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with autocast(x.device):
             x0 = precondition(model, x + s * noise, sigma, condition, layers.blocks(s), layers.budget(s),
                               kind=config.network, sigma_data=config.sigma_data)  # fmt: skip
         out[f"val_{s:g}"] = float(((x0 - x) ** 2).mean()) / config.sigma_data**2
@@ -141,7 +141,7 @@ class BaseTrainer(Trainer):
         dropped = torch.rand(len(x), generator=self.generator, device=self.device) < o.text_dropout
         condition = drop_text(self.model, condition, dropped)
         sigma = training_levels(self.uniforms(len(x)), o.p_mean, o.p_std)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device):
             loss = denoising_loss(
                 self.model, self.config, x, condition, sigma, self.gaussian(x), self.slow, o.slow_weight
             )

@@ -39,7 +39,7 @@ from presto_rt.training.common import (
     schedule,
     unpack_optimizer,
 )
-from presto_rt.training.loop import pick_device
+from presto_rt.training.loop import autocast, pick_device
 
 CHECKPOINT = "last.safetensors"
 
@@ -172,7 +172,7 @@ class _Trainer:
             group["lr"] = rate * group["factor"]
         batch, frames = features.shape[:2]
         noise = torch.randn(batch, frames // 4, self.codec.config.latent_channels).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device):
             parts = self.forward(features.to(self.device), noise)
         parts.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip)
@@ -189,7 +189,7 @@ class _Trainer:
         live = {name: value.clone() for name, value in self.codec.state_dict().items()}
         self.ema.copy_to(self.codec)
         noise = torch.zeros(features.shape[0], features.shape[1] // 4, self.codec.config.latent_channels)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device):
             parts = self.loss(self.codec, features.to(self.device), noise.to(self.device))
         self.codec.load_state_dict(live)
         return parts
