@@ -39,7 +39,7 @@ def one(a: argparse.Namespace, seconds: float) -> dict[str, Any]:
     plan = pipeline.plan(seconds, **request(a))
     return {
         "seconds": seconds, "steps": len(plan.levels) - 1, "sampler": plan.sampler, "guidance": plan.guidance.scale,
-        "threads": a.threads, "load_s": loaded, "first_clip_s": first,
+        "threads": a.threads, "dtype": pipeline.precision, "load_s": loaded, "first_clip_s": first,
         "stages": {s: spread([r[s] for r in runs]) for s in STAGES},
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }  # fmt: skip
@@ -135,7 +135,7 @@ def render(result: dict[str, Any]) -> str:
     alone, together = c["alone"]["median"], c["together"]["median"]
     return "\n\n".join([
         f"{rows[0]['steps']} steps of {rows[0]['sampler']}, guidance {rows[0]['guidance']:g}, {rows[0]['threads']} "
-        f"threads; medians of {rows[0]['stages']['total']['n']}.",
+        f"threads, {rows[0].get('dtype', 'bfloat16')}; medians of {rows[0]['stages']['total']['n']}.",
         table(header, cells),
         f"Ten threads on one model, {c['seconds']:g} s each: {together:.2f} s, one after another {alone:.2f} s "
         f"({alone / together:.2f} times the throughput); the sounds are {'equal' if c['equal'] else 'NOT EQUAL'} "

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from presto_rt import native
 from presto_rt.config import preset
+from presto_rt.engine import rates as processor
 from presto_rt.engine.cpu import pack, pack_int8
 from presto_rt.engine.plan import block_cost, plan_cost
 from presto_rt.engine.threads import limited
@@ -38,6 +39,7 @@ from presto_rt.text import load_text_encoder
 
 PROMPT = "calm piano with warm strings, 84 bpm"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
 Row = dict[str, Any]
 
 
@@ -67,8 +69,8 @@ def pipeline(a: argparse.Namespace, threads: int, dtype: str, backend: str) -> P
     dit = DiT(preset(a.random))
     for p in dit.parameters():
         torch.nn.init.normal_(p, std=0.03)
-    return Pipeline(dit, Codec(), device=torch.device("cpu"), dtype=DTYPES.get(dtype, torch.bfloat16), backend=backend,
-                    threads=threads, name=f"{a.random} (random)", int8=dtype == "int8")  # fmt: skip
+    return Pipeline(dit, Codec(), device=torch.device("cpu"), dtype=DTYPES.get(dtype, processor.fastest_float()),
+                    backend=backend, threads=threads, name=f"{a.random} (random)", int8=dtype == "int8")  # fmt: skip
 
 
 def chosen(a: argparse.Namespace) -> dict[str, Any]:
@@ -127,8 +129,9 @@ def trajectories(a: argparse.Namespace, models: dict[str, Pipeline]) -> dict[str
 
 
 def networks(a: argparse.Namespace, threads: int) -> dict[str, dict[str, Callable[[], object]]]:
-    """The codec's decoder and the text encoder, by eager torch in fp32 (what ran before) and bf16 and by the engine."""
-    ours, encoder = pipeline(a, threads, "bf16", "cpu"), load_text_encoder()
+    """The codec's decoder and the text encoder, by eager torch in fp32 and bf16 and by the engine."""
+    auto = SHORT[processor.chosen()]
+    ours, encoder = pipeline(a, threads, auto, "cpu"), load_text_encoder()
     latents = torch.randn(1, ours.plan(a.seconds).frames, ours.config.latent_channels) * 0.5
     narrow = plain(a, threads, "bf16").codec
     ids = torch.tensor([encoder.tokenizer.encode(PROMPT).ids])
@@ -138,9 +141,9 @@ def networks(a: argparse.Namespace, threads: int) -> dict[str, dict[str, Callabl
         "codec's decoder network": {
             "eager fp32": lambda: ours.codec.decode_features(latents),
             "eager bf16": lambda: narrow.decode_features(latents),
-            "ours bf16": lambda: ours.decoder(latents),
+            f"ours {auto}": lambda: ours.decoder(latents),
         },
-        "text encoder": {"eager fp32": lambda: encoder(ids, mask), "ours bf16": lambda: ours._text(ids, mask)},
+        "text encoder": {"eager fp32": lambda: encoder(ids, mask), f"ours {auto}": lambda: ours._text(ids, mask)},
     }
 
 
@@ -191,7 +194,8 @@ def whole(a: argparse.Namespace) -> Row:
                 if threads == a.threads:
                     several["whole clip"] = whole_clips(a, models)
                 parts[threads] = {n: interleaved(w, a.repeats) for n, w in several.items()}
-        ours = pipeline(a, a.threads, "bf16", "cpu")
+        auto = SHORT[processor.chosen()]
+        ours = pipeline(a, a.threads, auto, "cpu")
         plan = ours.plan(a.seconds, **chosen(a))
         condition, null = conditions(a, ours)
         runs = write_out(
@@ -200,12 +204,18 @@ def whole(a: argparse.Namespace) -> Row:
         ready = ours.engine.plan(runs, condition, null, plan.frames)
     request = {"seconds": a.seconds, "seed": 1, **chosen(a)}
     clips = [ours.generate(PROMPT, **request).timings for _ in range(a.repeats + 1)][1:]
-    cost, rate = plan_cost(ready, 2), rates(a.threads)
-    floor = max(cost.flops / rate["bf16 GFLOP/s"], cost.bytes / rate["copy GB/s"]) / 1e9
-    blocks = block_cost(ours.config, 1, plan.frames, ready.keys.shape[3], 2)
+    size = 2 if ours.dtype == torch.bfloat16 else 4
+    cost, rate = plan_cost(ready, size), rates(a.threads)
+    blocks = block_cost(ours.config, 1, plan.frames, ready.keys.shape[3], size)
+    attended = sum(blocks[name].flops for name in ("attention", "cross_attention")) * sum(len(r.blocks) for r in runs)
+    products = (
+        attended / rate["bf16 GFLOP/s" if size == 2 else "fp32 GFLOP/s"]
+        + (cost.flops - attended) / rate["int8 Gop/s" if ours.int8 else "bf16 GFLOP/s" if size == 2 else "fp32 GFLOP/s"]
+    )
+    floor = max(products, cost.bytes / rate["copy GB/s"]) / 1e9
     return {
         "model": ours.name, "seconds": a.seconds, **chosen(a),
-        "threads": a.threads, "isa": native.lib.isa(), "evaluations": len(runs), "rates": rate,
+        "auto": auto, "threads": a.threads, "isa": native.lib.isa(), "evaluations": len(runs), "rates": rate,
         "transformer": scaling, "missing": missing, "networks": parts,
         "stages": {s: spread([c[s] for c in clips]) for s in clips[0]},
         "flops": cost.flops, "bytes": cost.bytes, "floor_s": floor,
@@ -214,25 +224,25 @@ def whole(a: argparse.Namespace) -> Row:
     }  # fmt: skip
 
 
-def compare(title: str, ways: dict[str, dict[str, float]], missing: dict[str, str] | None = None) -> str:
-    """One table: medians and how many times ours in bf16."""
-    best = ways["ours bf16"]["median"]
+def compare(title: str, auto: str, ways: dict[str, dict[str, float]], missing: dict[str, str] | None = None) -> str:
+    """One table: medians and how many times ours in what this processor is fastest in."""
+    best = ways[f"ours {auto}"]["median"]
     cells = [[n, f"{1e3 * s['median']:.1f} ms", f"{s['median'] / best:.2f}"] for n, s in ways.items()]
     cells += [[name, f"not measured: {why}", "-"] for name, why in (missing or {}).items()]
-    return table([title, "median", "against ours bf16"], cells)
+    return table([title, "median", f"against ours {auto}"], cells)
 
 
 def render(row: Row) -> str:
     """The tables that docs/cpu.md shows."""
-    out = []
+    out, auto = [], row.get("auto", "bf16")
     for threads, ways in row["transformer"].items():
-        out.append(compare(f"transformer, threads: {threads}", ways, row.get("missing")))
+        out.append(compare(f"transformer, threads: {threads}", auto, ways, row.get("missing")))
         for name, part in row.get("networks", {}).get(threads, {}).items():
-            out.append(compare(f"{name}, threads: {threads}", part))
+            out.append(compare(f"{name}, threads: {threads}", auto, part))
     stages = [[name, f"{1e3 * s['median']:.0f} ms", f"{1e3 * s['p90']:.0f} ms"] for name, s in row["stages"].items()]
     out.append(table(["stage", "median", "p90"], stages))
     rate = ", ".join(f"{name} {value:.0f}" for name, value in row["rates"].items())
-    spent = row["transformer"][max(row["transformer"], key=int)]["ours bf16"]["median"]
+    spent = row["transformer"][max(row["transformer"], key=int)][f"ours {auto}"]["median"]
     floor = row["floor_s"]
     out.append(
         f"Machine: {rate}, instruction set {row['isa']}. Floor of the transformer: {1e3 * floor:.0f} ms "

@@ -33,7 +33,7 @@ def measure(model: str, seconds: float, repeats: int) -> dict[str, Any]:
     stages = {s: spread([r[s] for r in runs]) for s in STAGES}
     plan = pipeline.plan(seconds)
     return {
-        "model": model, "seconds": seconds, "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "model": model, "seconds": seconds, "dtype": pipeline.precision,
         "steps": len(plan.levels) - 1, "sampler": plan.sampler, "guidance": plan.guidance.scale,
         "load_s": loaded, "first_clip_s": first, "stages": stages,
         "real_time_factor": seconds / stages["total"]["median"],

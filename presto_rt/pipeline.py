@@ -336,6 +336,13 @@ class Pipeline:
             self._encoder = shared if self.device.type == "cpu" else copy.deepcopy(shared).to(self.device)
         return self._encoder
 
+    @property
+    def precision(self) -> str:
+        """What the products are computed in: "float32", "bfloat16", "float16", "int8" or "fp8"."""
+        if self.graph is not None and self.graph.fp8 is not None:
+            return "fp8"
+        return "int8" if self.int8 else str(self.dtype).removeprefix("torch.")
+
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -54,11 +54,8 @@ def key(model: Pipeline) -> dict[str, Any]:
     cuda = model.device.type == "cuda"
     weights = model.digest or hashlib.sha256(json.dumps(model.config.to_dict()).encode()).hexdigest()
     device = torch.cuda.get_device_name(model.device) if cuda else f"{platform.machine()}, {os.cpu_count()} cores"
-    dtype = "int8" if getattr(model, "int8", False) else str(model.dtype)
-    if getattr(getattr(model, "graph", None), "fp8", None) is not None:
-        dtype = "fp8"
     threads = getattr(getattr(model, "engine", None), "threads", torch.get_num_threads())
-    return {"weights": weights, "device": device, "dtype": dtype, "threads": threads,
+    return {"weights": weights, "device": device, "dtype": model.precision, "threads": threads,
             "backend": getattr(model, "backend", "torch"), "torch": torch.__version__}  # fmt: skip
 
 

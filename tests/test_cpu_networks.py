@@ -347,8 +347,8 @@ def test_ten_threads_on_one_decoder_and_text_engine_get_what_they_would_get_alon
 @pytest.mark.parametrize(("dtype", "int8"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)])
 def test_narrow_decoding_cannot_be_heard(dtype: torch.dtype, int8: bool) -> None:
     """The shipped codec on the shipped model's latents, network in bf16 or int8 against fp32. Levels: 0.1 dB in the
-    root mean square. Sound: phases are made from the levels and part for a rounding error, so that even 0.01 dB of noise on them
-    gives 0.1 dB of log-mel distance; half of the 1 dB that is just noticeable is the limit.
+    root mean square. Sound: phases are made from the levels and part for a rounding error, so that even 0.01 dB of
+    noise on them gives 0.1 dB of log-mel distance; half of the 1 dB that is just noticeable is the limit.
     """
     model = load("nano", device="cpu", threads=2)
     _, latents = model.generate("calm piano with warm strings, 84 bpm", seconds=6.0, steps=6, seed=3,
