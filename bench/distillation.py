@@ -1,6 +1,7 @@
 """The tables of the distillations: `python bench/distillation.py row NAME` trains what a row needs and judges it,
 `latency` times the plans of all measured rows turn about, `python bench/distillation.py` alone writes docs/results.md
-and its plots from bench/results/distillation.json.
+and its plots from bench/results/distillation.json. `plans` tells the shipped model what its plans are worth, which
+`deadline_ms` goes by.
 
 Rows that were not measured say so. `commands` lists every row with its command and fills docs/distillation.md.
 """
@@ -168,6 +169,27 @@ def time_rows(a: argparse.Namespace) -> None:
     write(table, a.results)
 
 
+def tell_plans(results: Path, model: Path) -> None:
+    """The measured plans of the shipped model into its config.json, the best first."""
+    import json
+
+    from presto_rt.evaluation.compare import read
+
+    rows = read(results)["rows"]
+    plans = [
+        {
+            **{k: entry.options[k] for k in ("steps", "layers")},
+            "kid": round(rows[entry.name]["measures"]["kid"]["value"], 4),
+        }
+        for entry in TABLES["plans"][1]
+        if entry.name in rows
+    ]
+    file = model / "config.json"
+    config = json.loads(file.read_text())
+    config["quality"] = sorted(plans, key=lambda plan: plan["kid"])
+    file.write_text(json.dumps(config, indent=1) + "\n")
+
+
 def report(results: Path, output: Path) -> None:
     """docs/results.md with every table, and both plots beside it."""
     from presto_rt.evaluation.compare import markdown, plot, read
@@ -219,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     from presto_rt.training import settings
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", nargs="?", default="report", choices=("report", "row", "latency", "commands"))
+    parser.add_argument("job", nargs="?", default="report", choices=("report", "row", "latency", "plans", "commands"))
     parser.add_argument("name", nargs="?", default="", help="the row's name")
     parser.add_argument("--minutes", type=float, help="training budget (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0, help="training seed")
@@ -246,6 +268,8 @@ def main(arguments: list[str] | None = None) -> None:
         measure(a.name, a)
     elif a.job == "latency":
         time_rows(a)
+    elif a.job == "plans":
+        tell_plans(a.results, ROOT / "presto_rt" / "weights" / SHIPPED)
     elif a.job == "commands":
         replace_section(ROOT / "docs" / "distillation.md", "commands", commands())
     else:

@@ -321,6 +321,12 @@ def test_evaluation_table_and_half_precision_weights(tmp_path: Path) -> None:
     codec = Codec(SMALL).eval()
     write_codec(codec, tmp_path, torch.bfloat16)
     shipped = load_codec(tmp_path)
+    for name in ("config.json", "codec.safetensors"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:100])
+        with pytest.raises(WeightsError, match="damaged"):
+            load_codec(tmp_path)
+        (tmp_path / name).write_bytes(whole)
     clip = chord(1.0, 7)[:, : 20 * LATENT_HOP]
     report = evaluate_codec(shipped, {"made": [clip]}, griffin_lim=(0,), opus_rates=(), noise=(), progress=False)
     assert report["systems"]["codec, 0 Griffin-Lim"]["made"]["mel_db"] > 0.0

@@ -108,6 +108,31 @@ def test_build_resumes_after_sigkill(small: Path, tmp_path: Path) -> None:
 
 
 @needs_all
+def test_a_piece_that_fails_is_tried_again(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from presto_rt.data import build
+    from presto_rt.data.cli import main
+
+    def fails(root: Path, seed: int, index: int) -> Item:
+        if index == 1:
+            raise PrestoError("the disk is full")
+        return make_item(root, seed, index)
+
+    make_item = build.make_item
+    command = ["build", "--root", str(tmp_path), "--hours", str(HOURS), "--workers", "1", "--no-recordings"]
+    monkeypatch.setattr(build, "make_item", fails)
+    assert main(command) == 1
+    assert "piece 1: the disk is full" in (said := capsys.readouterr().err)
+    assert "1 pieces could not be made" in said
+    assert not load_manifest(tmp_path).complete
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert load_manifest(tmp_path).complete
+    assert load_manifest(tmp_path).hash == load_manifest(small).hash
+
+
+@needs_all
 def test_root_of_another_seed_is_refused(small: Path) -> None:
     with pytest.raises(InvalidInput, match="seed 0"):
         make(small, seed=7)

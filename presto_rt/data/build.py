@@ -39,7 +39,8 @@ def build(
     """Make `hours` of captioned music (and fetch the recordings) below `root`; what is there already is kept.
 
     The same seed and hours give the same manifest hash with any number of workers. Every item appears whole or not
-    at all; `manifest.json` is refreshed about every two minutes and says "complete" at the end.
+    at all; `manifest.json` is refreshed about every two minutes and says "complete" at the end, unless a piece could
+    not be made.
 
     Raises MissingDependency without mma, soundfont, tinysoundfont or music21; InvalidInput for a root of another seed.
     """
@@ -70,11 +71,11 @@ def build(
             Manifest(folder, seed, _chosen(known, seed, wanted), complete=False).save()
             saved = time.monotonic()
         _progress(rendered, started, hours, known, progress)
-    manifest = Manifest(folder, seed, _chosen(known, seed, wanted), complete=True)
+    manifest = Manifest(folder, seed, _chosen(known, seed, wanted), complete=not failed)
     manifest.save()
     _say(("\n" if progress else "") + summary(manifest), progress)
     if failed:
-        _say(f"{failed} pieces could not be made (see above)", progress)
+        print(f"{failed} pieces could not be made (see above); the same command tries them again", file=sys.stderr)
     return manifest
 
 

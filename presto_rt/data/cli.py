@@ -32,8 +32,8 @@ def add_commands(commands: Any) -> None:
 def _build(args: argparse.Namespace) -> int:
     from presto_rt.data.build import build
 
-    build(args.root, args.hours, args.seed, args.workers, recordings=not args.no_recordings)
-    return 0
+    manifest = build(args.root, args.hours, args.seed, args.workers, recordings=not args.no_recordings)
+    return 0 if manifest.complete else 1
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInput, WeightsError
 from presto_rt.models.codec_features import FRAME_HOP, FRAMES_PER_LATENT, LATENT_HOP, SAMPLE_RATE, SpectralFrames
 
 SIGMA_DATA = 0.5
@@ -251,6 +251,7 @@ def load_codec(where: str | os.PathLike[str]) -> Codec:
 
     Raises InvalidInput where there is none of these, WeightsError where its files are damaged.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from presto_rt import weights
@@ -259,7 +260,10 @@ def load_codec(where: str | os.PathLike[str]) -> Codec:
     if (folder / "final").is_dir():
         folder = folder / "final"
     if (folder / "codec.safetensors").is_file() and (folder / "config.json").is_file():
-        config, state = json.loads((folder / "config.json").read_text()), load_file(folder / "codec.safetensors")
+        try:
+            config, state = json.loads((folder / "config.json").read_text()), load_file(folder / "codec.safetensors")
+        except (SafetensorError, ValueError) as error:
+            raise WeightsError(f"{folder} is damaged: {error}") from error
     elif folder.is_dir() and not (folder / "config.json").is_file():
         raise InvalidInput(f"{folder} has no config.json and codec.safetensors: give a codec trainer's run folder")
     else:
