@@ -50,10 +50,6 @@ TABLES: dict[str, tuple[str, list[Entry]]] = {
             Entry(f"{label}, {budget}", training, {"steps": 16, "layers": budget})
             for budget in BUDGETS
             for label, training in (("ASE", "ase"), ("Presto-L", "presto-l"))
-        ]
-        + [
-            Entry(f"{label}, 28 minutes, 50%", training, {"steps": 16, "layers": "50%"})
-            for label, training in (("ASE", "ase-long"), ("Presto-L", "presto-l-long"))
         ],
     ),
     "ingredients": (

@@ -44,8 +44,6 @@ TRAININGS: dict[str, Training] = {
     "base": Training("base", "", 10.0),
     **{name: Training("layers", name, 4.0) for name in layers.METHODS if name != "generator"},
     **{name: Training("steps", name, 8.0) for name in steps.METHODS if name != "fake-layers"},
-    "ase-long": Training("layers", "ase", 28.0),
-    "presto-l-long": Training("layers", "presto-l", 28.0),
     "presto-s-long": Training("steps", "presto-s", 42.0),
     "presto-sl": Training("layers", "generator", 4.0),
     "presto-ls": Training("both", "presto-s", 8.0),
