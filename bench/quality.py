@@ -44,7 +44,8 @@ def main() -> None:
     plan = model.plan(a.seconds)
     result = evaluate_model(model, a.data, a.count, a.seconds, Path("runs") / f"quality-{name}")
     result["denoising"] = [asdict(row) for row in model_errors(model, a.data)]
-    result["plan"] = {"steps": len(plan.levels) - 1, "sampler": plan.sampler, "guidance": plan.guidance.scale}
+    result["plan"] = {"steps": len(plan.levels) - 1, "sampler": plan.sampler, "guidance": plan.guidance.scale,
+                      "precision": model.precision}  # fmt: skip
     result["machine"] = machine()
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"quality-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -65,8 +66,21 @@ def render(result: dict[str, Any]) -> str:
     header = ["", "instruments, AUC", "tempo, %", "key, %", "MMD x1000", "recall"]
     plan, count = result["plan"], result["sets"]["generated"]["clips"]
     note = (f"{count} held-out captions, clips of {result['settings']['seconds']:g} s, {plan['steps']} steps of "
-            f"{plan['sampler']}, guidance {plan['guidance']:g}; 95 % intervals in parentheses.")  # fmt: skip
+            f"{plan['sampler']}, guidance {plan['guidance']:g}, {plan.get('precision', 'bfloat16')}; 95 % intervals in "
+            f"parentheses.")  # fmt: skip
     return f"{note}\n\n{table(header, rows)}"
+
+
+def by_precision(results: list[dict[str, Any]]) -> str:
+    """What the clips of the same captions and seeds score, a row for each precision that they were made in."""
+    rows = []
+    for result in results:
+        m = result["sets"]["generated"]
+        rows.append([result["plan"].get("precision", "bfloat16"), _cell(m["kid"], 1000, 1), _cell(m["mmd"], 1000, 1),
+                     _cell(m["instruments"]["mean"], 1, 2), _cell(m["tempo"], 100, 0), _cell(m["key"]["exact"], 100, 0),
+                     f"{m['prdc']['recall']:.2f}", f"{m['prdc']['coverage']:.2f}"])  # fmt: skip
+    header = ["", "KID x1000", "MMD x1000", "instruments, AUC", "tempo, %", "key, %", "recall", "coverage"]
+    return table(header, rows)
 
 
 def denoising(result: dict[str, Any]) -> str:

@@ -49,6 +49,10 @@ def main() -> None:
         if (data := _read(name)) is not None:
             note = f"On {data['machine']['device']} (`{data['machine']['command']}`)."
             replace_section(CPU, name, f"{note}\n\n{render(data['rows']).strip()}")
+    both = [data for name in ("quality-nano-bfloat16", "quality-nano") if (data := _read(name)) is not None]
+    if len(both) == 2:
+        count = both[0]["sets"]["generated"]["clips"]
+        replace_section(CPU, "precision", f"{count} held-out captions, 95 % intervals:\n\n{quality.by_precision(both)}")
     for name in ("nano", "nano-base"):
         if (data := _read(f"quality-{name}")) is not None:
             card = WEIGHTS / name / "README.md"

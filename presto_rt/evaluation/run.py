@@ -185,12 +185,12 @@ def generated(
     """Clips that the model makes for the prompts, kept as 16-bit FLAC files in `folder`: a stopped run goes on where
     it was.
 
-    The files' names hold a hash of weights, prompt, seed, length and options: a change of any makes new ones.
+    The files' names hold a hash of weights, precision, backend, prompt, seed, length and options: a change of any makes
+    new ones.
     """
     frames = round(seconds * SAMPLE_RATE)
-    settings = json.dumps(
-        {"seconds": seconds, "weights": fingerprint(model.dit, model.codec), **options}, sort_keys=True, default=str
-    )
+    made_by = {"weights": fingerprint(model.dit, model.codec), "precision": model.precision, "backend": model.backend}
+    settings = json.dumps({"seconds": seconds, **made_by, **options}, sort_keys=True, default=str)
     files = [folder / f"{i:04d}-{_digest(f'{prompt}|{seed}|{settings}')}.flac" for i, prompt in enumerate(prompts)]
     began, made = time.monotonic(), 0
     for start in range(0, len(prompts), batch):
