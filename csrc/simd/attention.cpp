@@ -177,7 +177,8 @@ void queries(const Attention& a, std::int64_t head, std::int64_t first, std::int
     for (int r = 0; r < kRows; ++r) share[r] = softmax(scores + r * padded, weights + r * padded, keys, a.scale);
     for (std::int64_t column = 0; column < a.dim; column += kColumns) {
       Vec total[kRows][kTile];
-      tile<Math>(weights, padded, value_panels + column * (padded / Math::kDepth), up(keys, Math::kDepth) / Math::kDepth, total);
+      tile<Math>(weights, padded, value_panels + column * (padded / Math::kDepth), up(keys, Math::kDepth) / Math::kDepth,
+                 total);
       for (std::int64_t r = 0; r < rows; ++r)
         for (std::int64_t c = 0; c < kTile; ++c) {
           const std::int64_t at = column + c * kWidth, n = a.dim - at;

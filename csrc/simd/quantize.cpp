@@ -132,7 +132,8 @@ void rescale_call(std::uintptr_t y, std::uintptr_t scale, std::uintptr_t bias, s
 void bind_quantize(pybind11::module_& module) {
   namespace py = pybind11;
   module.def("quantize", &presto_rt::quantize_call, py::arg("x"), py::arg("out"), py::arg("scale"), py::arg("bf16"),
-             py::arg("rows"), py::arg("width"), py::arg("threads"), "x (rows, width) -> uint8 around 128 and a scale a row. Addresses.");
+             py::arg("rows"), py::arg("width"), py::arg("threads"),
+             "x (rows, width) -> uint8 around 128 and a scale a row. Addresses.");
   module.def("rescale", &presto_rt::rescale_call, py::arg("y"), py::arg("scale"), py::arg("bias"), py::arg("out"),
              py::arg("bf16"), py::arg("rows"), py::arg("width"), py::arg("kind"), py::arg("threads"),
              "activation(scale y + bias) into out; kind 0 gelu_tanh, 1 silu, 3 none. Addresses; 0 for no bias.");
