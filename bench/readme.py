@@ -41,6 +41,11 @@ def main() -> None:
                 f"{row['guidance']:g}, layers {row.get('layers', '100%')}, on "
                 f"{machine['device']} (`{machine['command']}`).")  # fmt: skip
         replace_section(CPU, "cpu", f"{note}\n\n{cpu.render(row).strip()}")
+    if (data := _read("cpu-default")) is not None:
+        row = data["rows"]
+        ways = row["networks"][str(row["threads"])]["whole clip"]
+        note = f"The same with the shipped model's own layers, {row['layers']} (`{data['machine']['command']}`)."
+        replace_section(CPU, "cpu-default", f"{note}\n\n{cpu.compare('whole clip', row['auto'], ways)}")
     for name, render in (
         ("cpu-clips", clips.render),
         ("cpu-operators", operators.render),
