@@ -222,7 +222,7 @@ def test_int8_products(dtype: torch.dtype, activation: str) -> None:
 
 
 def test_int8_products_run_in_vectors() -> None:
-    """Of signed activations oneDNN makes a reference loop on processors with VNNI and no AMX, 5000 times slower."""
+    """Of signed activations oneDNN makes a reference loop on processors with VNNI and no AMX, 10,000 times slower."""
     if not rates.int8_is_exact():
         pytest.skip("this processor has no VNNI")
     assert rates.product_rates()["int8"] > 0.3 * rates.product_rates()["float32"]
