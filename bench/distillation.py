@@ -186,6 +186,50 @@ def tell_plans(results: Path, model: Path) -> None:
     file.write_text(json.dumps(config, indent=1) + "\n")
 
 
+def aims(rows: dict[str, Any]) -> dict[str, list[str]]:
+    """Under which table each aim of the project stands, what was reached, and whether that is enough."""
+
+    def kid(name: str, which: str = "value") -> float:
+        return float(rows[name]["measures"]["kid"][which])
+
+    def line(what: str, reached: bool) -> str:
+        return f"- {what}: {'reached' if reached else '**missed**'}."
+
+    teacher, presto_s = TEACHER, few("Presto-S", "presto-s").name
+    before, after = few("Presto-S, 42 minutes", "").name, few("Presto-S, then layers 70%", "").name
+    pairs = [(f"Presto-L, {budget}", f"ASE, {budget}") for budget in BUDGETS]
+    found: dict[str, list[str]] = {}
+    if all(name in rows for pair in pairs for name in pair):
+        ahead = sum(kid(ours, "high") < kid(theirs, "low") for ours, theirs in pairs)
+        what = (
+            f"Presto-L's KID below ASE's, outside the intervals, at three budgets or more: at {ahead} of {len(pairs)}"
+        )
+        found["layers"] = [line(what, ahead >= 3)]
+    if teacher in rows and presto_s in rows:
+        times, cover = (
+            kid(presto_s) / kid(teacher),
+            [rows[n]["measures"]["prdc"]["coverage"] for n in (presto_s, teacher)],
+        )
+        found["steps"] = [
+            line(
+                f"Presto-S at four steps, KID at most 1.1 times the teacher's at 80 evaluations: {times:.2f}",
+                times <= 1.1,
+            ),
+            line(f"coverage no lower than the teacher's: {cover[0]:.2f} against {cover[1]:.2f}", cover[0] >= cover[1]),
+        ]
+    if all(name in rows and "latency" in rows[name] for name in (teacher, before, after)):
+        faster = rows[teacher]["latency"]["total"] / rows[after]["latency"]["total"]
+        times = kid(after) / kid(before)
+        found["both"] = [
+            line(
+                f"steps and layers together, ten times as fast as the base at 80 evaluations: {faster:.0f}",
+                faster >= 10,
+            ),
+            line(f"KID at most 1.1 times that of the same generator with all layers: {times:.2f}", times <= 1.1),
+        ]
+    return found
+
+
 def report(results: Path, output: Path) -> None:
     """docs/results.md with every table, and both plots beside it."""
     from presto_rt.evaluation.compare import markdown, plot, read
@@ -193,8 +237,11 @@ def report(results: Path, output: Path) -> None:
     table = read(results)
     parts = ["# Results", "", "Written by `python bench/distillation.py` from the JSON files in bench/results; each "
              "row's command is in [distillation.md](distillation.md).", "", note(table), ""]  # fmt: skip
-    for title, entries in TABLES.values():
+    judged = aims(table["rows"])
+    for key, (title, entries) in TABLES.items():
         parts += [f"## {title}", "", markdown(table, with_seeds(entries, table)), ""]
+        if key in judged:
+            parts += ["Aims:", "", *judged[key], ""]
     for by, title in (("nfe", "Quality against NFE"), ("latency", "Quality against latency")):
         image = output.with_name(f"quality-{by}.png")
         drawn = plot(table, LINES, by, image)
