@@ -1,4 +1,4 @@
-"""In which numbers does this processor multiply matrices fastest? Measured once in a process, in about 30 ms, on one
+"""In which numbers does this processor multiply matrices fastest? Measured once in a process, in about 0.1 s, on one
 thread; it is what `dtype="auto"` goes by on a CPU.
 
 Its features do not tell: AVX512-BF16 doubles the rate of fp32 on one processor, and halves it on another (docs/cpu.md).
