@@ -101,10 +101,11 @@ def every_way(a: argparse.Namespace, threads: int) -> tuple[dict[str, Pipeline],
         inductor.freezing = True
         models |= {f"compiled {dtype}": plain(a, threads, dtype, compiled=True) for dtype in DTYPES}
     if a.others and a.guidance == 1.0:
-        plan, condition = models["eager fp32"].plan(a.seconds, **chosen(a)), conditions(a, models["eager fp32"])[0]
-        example = (torch.randn(1, plan.frames, models["eager fp32"].config.latent_channels), torch.zeros(1),
-                   *(getattr(condition, name) for name in FIELDS))  # fmt: skip
-        for name, network in others(models["eager fp32"].dit, example, threads).items():
+        first = models["eager fp32"]
+        frames, heard = first.plan(a.seconds, **chosen(a)).frames, condition(a, first)
+        example = (torch.randn(1, frames, first.config.latent_channels), torch.zeros(1),
+                   *(getattr(heard, name) for name in FIELDS))  # fmt: skip
+        for name, network in others(first.dit, example, threads).items():
             if isinstance(network, str):
                 missing[name] = network
             else:
@@ -113,19 +114,16 @@ def every_way(a: argparse.Namespace, threads: int) -> tuple[dict[str, Pipeline],
     return models, missing
 
 
-def conditions(a: argparse.Namespace, model: Pipeline) -> tuple[Condition, Condition]:
-    """What the prompt says, and what no prompt says."""
-    condition = model._condition(model.plan(a.seconds, **chosen(a)), [PROMPT], [84.0], [None])
-    return condition, model.dit.null(condition)
+def condition(a: argparse.Namespace, model: Pipeline) -> Condition:
+    """What the prompt says."""
+    return model._condition(model.plan(a.seconds, **chosen(a)), [PROMPT], [84.0], [None])
 
 
 def trajectories(a: argparse.Namespace, models: dict[str, Pipeline]) -> dict[str, Callable[[], Tensor]]:
     """The denoising of one plan by each way, on equal inputs."""
     first = models["eager fp32"]
-    plan, (condition, _) = first.plan(a.seconds, **chosen(a)), conditions(a, first)
-    return {
-        name: partial(model.denoise, plan, condition, model.dit.null(condition), [1]) for name, model in models.items()
-    }
+    plan, heard = first.plan(a.seconds, **chosen(a)), condition(a, first)
+    return {name: partial(model.denoise, plan, heard, model.dit.null(heard), [1]) for name, model in models.items()}
 
 
 def networks(a: argparse.Namespace, threads: int) -> dict[str, dict[str, Callable[[], object]]]:
@@ -197,11 +195,11 @@ def whole(a: argparse.Namespace) -> Row:
         auto = SHORT[processor.chosen()]
         ours = pipeline(a, a.threads, auto, "cpu")
         plan = ours.plan(a.seconds, **chosen(a))
-        condition, null = conditions(a, ours)
+        heard = condition(a, ours)
         runs = write_out(
             plan.sampler, plan.levels, plan.guidance, plan.layers, ours.config.network, ours.config.sigma_data
         )
-        ready = ours.engine.plan(runs, condition, null, plan.frames)
+        ready = ours.engine.plan(runs, heard, ours.dit.null(heard), plan.frames)
     request = {"seconds": a.seconds, "seed": 1, **chosen(a)}
     clips = [ours.generate(PROMPT, **request).timings for _ in range(a.repeats + 1)][1:]
     size = 2 if ours.dtype == torch.bfloat16 else 4
