@@ -65,7 +65,7 @@ test-sanitize: $(VENV)/.installed-tests
 	    -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	cmake --build build/sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	    PRESTO_RT_SANITIZED=build/sanitize $(BIN)/python -m pytest -q -p tests.sanitized $(SANITIZED_TESTS)
+	    PRESTO_RT_SANITIZED=build/sanitize $(BIN)/python -m pytest -q -p tests.support.sanitized $(SANITIZED_TESTS)
 
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check .

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from results import RESULTS, machine
 
-from presto_rt.errors import InvalidInput
-from presto_rt.evaluation.codec import evaluate_codec, held_out, markdown, picture, time_codec
+from presto_rt.errors import InvalidInputError
+from presto_rt.lab.evaluation.codec import evaluate_codec, held_out, markdown, picture, time_codec
 from presto_rt.models.codec import load_codec
 from presto_rt.pipeline import load
 
@@ -34,7 +34,7 @@ def main() -> None:
     groups = {group: held_out(a.data, group, a.clips, a.seconds) for group in ("rendered", "recorded")}
     groups = {group: clips for group, clips in groups.items() if clips}
     if not groups:
-        raise InvalidInput(f"{a.data} has no test clips of {a.seconds} s: build the data set first")
+        raise InvalidInputError(f"{a.data} has no test clips of {a.seconds} s: build the data set first")
     report = evaluate_codec(codec, groups)
     report |= {"clips": {group: len(clips) for group, clips in groups.items()}, "seconds_per_clip": a.seconds,
                "timings_32_s_stereo": time_codec(codec), "machine": machine()}  # fmt: skip

@@ -26,16 +26,16 @@ from runtimes import FIELDS, others
 from torch import Tensor
 
 from presto_rt import native
-from presto_rt.config import preset
-from presto_rt.engine import rates as processor
-from presto_rt.engine.cpu import pack, pack_int8
-from presto_rt.engine.plan import block_cost, plan_cost
-from presto_rt.engine.threads import limited
-from presto_rt.engine.trajectory import write_out
+from presto_rt.conditioning.minilm import load_text_encoder
+from presto_rt.diffusion.trajectory import compile_trajectory
 from presto_rt.models.codec import Codec
+from presto_rt.models.config import preset
 from presto_rt.models.dit import Condition, DiT
 from presto_rt.pipeline import Pipeline, load
-from presto_rt.text import load_text_encoder
+from presto_rt.runtime.cpu import autodtype as processor
+from presto_rt.runtime.cpu.ops import pack, pack_int8
+from presto_rt.runtime.cpu.threads import thread_limit
+from presto_rt.runtime.plan import block_cost, plan_cost
 
 PROMPT = "calm piano with warm strings, 84 bpm"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -164,7 +164,7 @@ def rates(threads: int) -> dict[str, float]:
     """The machine's own: products in G operations a second in each dtype, copying in GB/s of bytes read and written."""
     out = {}
     rows, inputs, outputs = 689, 1024, 4096
-    with limited(threads), torch.inference_mode():
+    with thread_limit(threads), torch.inference_mode():
         work = 2 * rows * inputs * outputs / 1e9
         for name, dtype in DTYPES.items():
             x, product = torch.randn(rows, inputs).to(dtype), pack(torch.randn(outputs, inputs), None, dtype)
@@ -185,7 +185,7 @@ def whole(a: argparse.Namespace) -> Row:
     scaling, parts, missing = {}, {}, {}
     with torch.inference_mode():
         for threads in sorted({1, a.threads}):
-            with limited(threads):
+            with thread_limit(threads):
                 models, missing = every_way(a, threads)
                 scaling[threads] = interleaved(trajectories(a, models), a.repeats)
                 several = networks(a, threads)
@@ -196,7 +196,7 @@ def whole(a: argparse.Namespace) -> Row:
         ours = pipeline(a, a.threads, auto, "cpu")
         plan = ours.plan(a.seconds, **chosen(a))
         heard = condition(a, ours)
-        runs = write_out(
+        runs = compile_trajectory(
             plan.sampler, plan.levels, plan.guidance, plan.layers, ours.config.network, ours.config.sigma_data
         )
         ready = ours.engine.plan(runs, heard, ours.dit.null(heard), plan.frames)

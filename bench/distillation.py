@@ -100,10 +100,10 @@ LINES = {"teacher": [e.name for e in ENTRIES.values() if e.training == "base" an
 
 def measure(name: str, a: argparse.Namespace) -> None:
     """Train what the row needs (going on where it was), pack it, judge it."""
-    from presto_rt.distill.recipe import run_folder, train
-    from presto_rt.evaluation.compare import Row
-    from presto_rt.training import settings
-    from presto_rt.training.pack import pack
+    from presto_rt.lab.distill.recipe import run_folder, train
+    from presto_rt.lab.evaluation.compare import Row
+    from presto_rt.lab.training import settings
+    from presto_rt.lab.training.pack import pack
 
     if name not in ENTRIES:
         raise SystemExit(f"no row {name!r}; there are: " + "; ".join(ENTRIES))
@@ -131,7 +131,7 @@ def measure(name: str, a: argparse.Namespace) -> None:
 
 def judge(row: Any, a: argparse.Namespace) -> None:
     """Add a row to the results, and show it."""
-    from presto_rt.evaluation.compare import compare, markdown
+    from presto_rt.lab.evaluation.compare import compare, markdown
 
     table = compare([row], a.data, a.out, results=a.results, count=a.count, seconds=a.seconds,
                     reference_count=a.reference, latency_seconds=a.latency_seconds, repeats=a.repeats,
@@ -145,7 +145,7 @@ def time_rows(a: argparse.Namespace) -> None:
     steps."""
     import json
 
-    from presto_rt.evaluation.compare import latencies, read, write
+    from presto_rt.lab.evaluation.compare import latencies, read, write
     from presto_rt.pipeline import load
 
     table = read(a.results)
@@ -169,7 +169,7 @@ def tell_plans(results: Path, model: Path) -> None:
     """The measured plans of the shipped model into its config.json, the best first."""
     import json
 
-    from presto_rt.evaluation.compare import read
+    from presto_rt.lab.evaluation.compare import read
 
     rows = read(results)["rows"]
     plans = [
@@ -232,7 +232,7 @@ def aims(rows: dict[str, Any]) -> dict[str, list[str]]:
 
 def report(results: Path, output: Path) -> None:
     """docs/results.md with every table, and both plots beside it."""
-    from presto_rt.evaluation.compare import markdown, plot, read
+    from presto_rt.lab.evaluation.compare import markdown, plot, read
 
     table = read(results)
     parts = ["# Results", "", "Written by `python bench/distillation.py` from the JSON files in bench/results; each "
@@ -281,7 +281,7 @@ def commands() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from presto_rt.training import settings
+    from presto_rt.lab.training import settings
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", nargs="?", default="report", choices=("report", "row", "latency", "plans", "commands"))

@@ -57,7 +57,7 @@ def cases(group: str, tiny: bool) -> list[Case]:
     """The rows of a group. tiny: for a dry run."""
     base = Case("ours", "tiny-random", 0.5, steps=2) if tiny else Case("ours")
     if group == "ours":
-        from presto_rt.engine.cuda import OPERATORS
+        from presto_rt.runtime.cuda.ops import OPERATORS
 
         off = [replace(base, way=f"ours without {what}") for what in ("the graph", *OPERATORS)]
         paper = replace(base, way="ours, 80 evaluations", sampler="dpmpp_2m", steps=40, guidance=3.0)
@@ -82,7 +82,7 @@ Clip = Callable[[int], tuple[Any, dict[str, float]]]
 
 def ours(model: Any, case: Case) -> Clip:
     """The graph engine, by the way's name with one thing switched off."""
-    from presto_rt.engine.cuda import CudaOps
+    from presto_rt.runtime.cuda.ops import CudaOps
 
     off = case.way.removeprefix("ours without ") if case.way.startswith("ours without ") else ""
     engine = model.graph
@@ -203,9 +203,9 @@ def floor(case: Case, top: Any) -> float:
     """Seconds that the transformer's operations and bytes, counted by its plan, take at the machine's own rates."""
     import torch
 
-    from presto_rt.config import preset
-    from presto_rt.engine.describe import plan_of
-    from presto_rt.engine.plan import plan_cost
+    from presto_rt.cli.describe import plan_of
+    from presto_rt.models.config import preset
+    from presto_rt.runtime.plan import plan_cost
 
     frames = -(-round(case.seconds * 44_100) // 2_048)
     config = preset(case.model.removesuffix("-random"))

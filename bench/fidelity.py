@@ -16,7 +16,7 @@ import numpy as np
 from results import save, table
 from torch import Tensor
 
-from presto_rt.evaluation.codec import measure
+from presto_rt.lab.evaluation.codec import measure
 from presto_rt.pipeline import Pipeline, load
 
 PROMPTS = (

@@ -15,10 +15,10 @@ import torch
 from results import save, spread, table
 
 from presto_rt import native
-from presto_rt.models.codec_features import FRAME_HOP, N_FFT, spsi_numpy
-from presto_rt.noise import normal, normal_torch
+from presto_rt.audio.pcm import to_pcm, to_pcm_torch
+from presto_rt.diffusion.noise import normal, normal_torch
+from presto_rt.models.spectral import FRAME_HOP, N_FFT, spsi_numpy
 from presto_rt.overlap import overlap_add, overlap_add_torch
-from presto_rt.pcm import to_pcm, to_pcm_torch
 
 SAMPLES = 32 * 44_100
 LATENTS = 689 * 64

@@ -15,10 +15,10 @@ import torch
 
 import presto_rt
 from bench.results import replace_section, save, table
-from presto_rt.engine.cuda import CudaOps
-from presto_rt.engine.graph import GraphEngine
-from presto_rt.engine.precision import Fp8
-from presto_rt.engine.request import Result
+from presto_rt.runtime.cuda.buffers import Result
+from presto_rt.runtime.cuda.fp8 import Fp8
+from presto_rt.runtime.cuda.graph import GraphEngine
+from presto_rt.runtime.cuda.ops import CudaOps
 
 PROMPTS = ["calm piano, 84 bpm", "techno with synth bass, 128 bpm", "string quartet in D minor"]
 WAYS: list[tuple[str, torch.dtype, Fp8 | None]] = [

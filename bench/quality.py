@@ -16,9 +16,9 @@ from typing import Any
 
 from results import RESULTS, machine, table
 
-from presto_rt.evaluation.denoising import model_errors
-from presto_rt.evaluation.report import markdown
-from presto_rt.evaluation.run import evaluate_model
+from presto_rt.lab.evaluation.denoising import model_errors
+from presto_rt.lab.evaluation.report import markdown
+from presto_rt.lab.evaluation.run import evaluate_model
 from presto_rt.pipeline import load
 
 ROWS = {

@@ -72,14 +72,14 @@ def main() -> None:
     if (demo := ROOT / "demo.wav").is_file():
         import soundfile
 
-        from presto_rt.evaluation.codec import picture
+        from presto_rt.lab.evaluation.codec import picture
 
         picture(ROOT / "docs" / "demo.png", {"demo.wav": soundfile.read(demo, dtype="float32")[0].T})
 
 
 def codec_table(report: dict[str, Any]) -> str:
-    """The codec's rows beside Opus, as `presto_rt.evaluation.codec` prints them."""
-    from presto_rt.evaluation.codec import markdown
+    """The codec's rows beside Opus, as `presto_rt.lab.evaluation.codec` prints them."""
+    from presto_rt.lab.evaluation.codec import markdown
 
     return markdown(report).strip()
 

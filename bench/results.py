@@ -18,7 +18,7 @@ def machine() -> dict[str, Any]:
     """What a figure depends on: processor or GPU, threads, versions, command."""
     import torch
 
-    from presto_rt.info import info
+    from presto_rt.cli.info import info
 
     facts = info()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -19,10 +19,10 @@ SIGMAS = (0.2, 1.6, 8.0)
 
 def main() -> None:
     from presto_rt.diffusion.schedule import LayerSchedule, parse_layers
-    from presto_rt.distill.run import saved_schedules
-    from presto_rt.evaluation.variance import curves
-    from presto_rt.training.conditions import LatentSet
-    from presto_rt.training.networks import load_network
+    from presto_rt.lab.distill.run import saved_schedules
+    from presto_rt.lab.evaluation.variance import curves
+    from presto_rt.lab.training.conditions import LatentSet
+    from presto_rt.lab.training.networks import load_network
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default="runs/base", help="run or weights folder of the base model")

@@ -6,7 +6,7 @@
 // both sides share it. Phases are kept relative to the frame's middle, where the lobe of a symmetric window has one phase; the
 // factor (-1)^k at the end moves them to the frame's start, which is what an inverse FFT wants.
 // Cosine and sine are taken once for each peak, not for each bin. The twin in Python is
-// presto_rt.models.codec_features.spsi_numpy.
+// presto_rt.models.spectral.spsi_numpy.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

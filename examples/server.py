@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import presto_rt
-from presto_rt.errors import EngineOutOfMemory, InvalidInput
+from presto_rt.errors import InvalidInputError, OutOfMemoryError
 
 MAX_SECONDS = 60.0
 NUMBERS = {"seconds": float, "seed": int, "steps": int, "guidance": float, "bpm": float, "deadline_ms": float}
@@ -26,7 +26,7 @@ def number(name: str, text: str) -> float:
     try:
         return NUMBERS[name](text)
     except ValueError:
-        raise InvalidInput(f"{name} must be a number, not {text!r}") from None
+        raise InvalidInputError(f"{name} must be a number, not {text!r}") from None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -41,15 +41,15 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             self.answer(200, "audio/wav", self.clip(parse_qs(parts.query)))
-        except EngineOutOfMemory as error:
+        except OutOfMemoryError as error:
             self.answer(503, "text/plain", f"{error}\n".encode())
-        except InvalidInput as error:
+        except InvalidInputError as error:
             self.answer(400, "text/plain", f"{error}\n".encode())
 
     def clip(self, query: dict[str, list[str]]) -> bytes:
         options = {name: number(name, query[name][0]) for name in NUMBERS if name in query}
         if options.get("seconds", 0.0) > MAX_SECONDS:
-            raise InvalidInput(f"seconds must be at most {MAX_SECONDS:g} here")
+            raise InvalidInputError(f"seconds must be at most {MAX_SECONDS:g} here")
         integers = self.model.generate(query.get("prompt", [""])[0], output="pcm16", **options)
         out = io.BytesIO()
         with wave.open(out, "wb") as file:

@@ -10,7 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import presto_rt
-from presto_rt.engine.graph import Limits
+from presto_rt.runtime.cuda.graph import Limits
 
 PROMPTS = ["calm piano, 84 bpm", "fast drums, 174 bpm", "solo violin in D minor", "bright brass band march"]
 

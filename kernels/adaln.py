@@ -156,7 +156,7 @@ def norm_modulate(
 
     x (B, T, D) fp32, fp16 or bf16, any strides over B and T. table (rows, D), or None for the plain norm. base (B,)
     int32, default 0. weight (D,). out_dtype: x's by default, or torch.float8_e4m3fn with its static out_scale.
-    Returns (B, T, D). Raises InvalidInput for shapes, dtypes or row offsets that do not fit.
+    Returns (B, T, D). Raises InvalidInputError for shapes, dtypes or row offsets that do not fit.
     """
     out_dtype = out.dtype if out is not None else out_dtype or x.dtype
     _check(x, None, table, None, shift, scale, base, weight, norm, out_dtype, out_scale, None, out)
@@ -192,7 +192,7 @@ def gate_residual_norm_modulate(
 
     residual, branch (B, T, D); they may differ in dtype (an fp32 residual stream). table (rows, D). gate=None: 1.
     residual_out may be `residual` itself. Returns (r in the residual's dtype, y in the branch's dtype or out_dtype).
-    Raises InvalidInput as `norm_modulate` does.
+    Raises InvalidInputError as `norm_modulate` does.
     """
     out_dtype = out.dtype if out is not None else out_dtype or branch.dtype
     rows = (gate, shift, scale, base)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import BackendUnavailable, InvalidInput, MissingDependency
+from ..errors import BackendUnavailableError, InvalidInputError, MissingDependencyError
 from . import runtime
 from .choice import Choice
 from .runtime import check, check_out, check_same_device, check_shape, check_tensor, dot, jit, strides, tl
@@ -184,7 +184,7 @@ def _sdpa(kernel: str | None) -> Forward:
         q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, window: int | None, scale: float, out: Tensor | None
     ) -> Tensor:
         if kernel == "FLASH_ATTENTION" and (lengths is not None or window is not None):
-            raise BackendUnavailable("SDPA's flash kernel takes no mask; use backend='triton' or 'sdpa'")
+            raise BackendUnavailableError("SDPA's flash kernel takes no mask; use backend='triton' or 'sdpa'")
         mask = visible(q.shape[-2], k.shape[-2], lengths, window, q.device)
         chosen: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if kernel is not None:
@@ -210,9 +210,9 @@ def _flash_attn(module: str, package: str) -> Forward:
             function = importlib.import_module(module).flash_attn_func
         except (ImportError, AttributeError) as error:
             message = f"this attention backend needs {package}: pip install {package}, or use backend='triton'"
-            raise MissingDependency(message) from error
+            raise MissingDependencyError(message) from error
         if lengths is not None:
-            raise BackendUnavailable(f"{package} takes no key lengths here; use backend='triton' or 'sdpa'")
+            raise BackendUnavailableError(f"{package} takes no key lengths here; use backend='triton' or 'sdpa'")
         near = {} if window is None else {"window_size": (window, window)}
         result = function(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, **near)
         return runtime.filled(out, (result[0] if isinstance(result, tuple) else result).transpose(1, 2))
@@ -255,15 +255,15 @@ def attention(
     q (B, H, T, D), k and v (B, H, S, D), fp16 or bf16 (fp32 for checks), any strides but the last; D a multiple of
     16, 16 to 128. key_lengths (B,) int32: keys beyond are not seen. window: frames to either side that are seen (T =
     S only). scale: 1 / sqrt(D) by default. Returns (B, H, T, D); its memory is (B, T, H, D), so flattening the heads
-    is free. backend: "auto", or one of BACKENDS. Raises InvalidInput for inputs that do not fit, BackendUnavailable
-    or MissingDependency for a named backend that cannot take them.
+    is free. backend: "auto", or one of BACKENDS. Raises InvalidInputError for inputs that do not fit, BackendUnavailableError
+    or MissingDependencyError for a named backend that cannot take them.
     """
     _check(q, k, v, key_lengths, window, out)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "auto":
         backend = fastest(q, k, v, key_lengths=key_lengths, window=window, out=out)
     elif backend not in BACKENDS:
-        raise InvalidInput(f"attention backend {backend!r} is unknown; use 'auto' or one of {', '.join(BACKENDS)}")
+        raise InvalidInputError(f"attention backend {backend!r} is unknown; use 'auto' or one of {', '.join(BACKENDS)}")
     if backend == "triton":
         runtime.use_triton(q, "triton")  # raises where it cannot run
     return BACKENDS[backend](q, k, v, key_lengths, window, scale, out)

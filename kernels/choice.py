@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BackendUnavailable, MissingDependency
+from ..errors import BackendUnavailableError, MissingDependencyError
 from .runtime import log
 
 
@@ -46,7 +46,10 @@ class Choice:
                     times[name] = milliseconds(call)
             except torch.OutOfMemoryError:  # says nothing of the way; the caller may make room and ask again
                 raise
-            except (BackendUnavailable, MissingDependency) as error:  # by design: a peer that cannot take the input
+            except (
+                BackendUnavailableError,
+                MissingDependencyError,
+            ) as error:  # by design: a peer that cannot take the input
                 log.debug("%s: %s left out: %s", self.operator, name, error)
             except Exception as error:  # peers and compilers raise what they like; one that works is all that is needed
                 first = (str(error).splitlines() or [type(error).__name__])[0]

@@ -62,7 +62,7 @@ def conv_transpose1d(
     output_padding).
 
     x (B, C_in, T) fp16 or bf16 (fp32 for checks); weight from `pack(w, stride)`, same dtype; alpha, beta as in
-    snake_conv1d. Returns (B, C_out, (T - 1) stride - 2 padding + kernel_size + output_padding). Raises InvalidInput
+    snake_conv1d. Returns (B, C_out, (T - 1) stride - 2 padding + kernel_size + output_padding). Raises InvalidInputError
     for what does not fit.
     """
     check_tensor("x", x, 3)

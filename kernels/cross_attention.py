@@ -131,7 +131,7 @@ def cross_attention(
     """softmax(scale rms(q) k^T) v, from a query projection to the input of the output projection.
 
     q (B, T, H * D); k, v (B, H, S, D) from `hold_keys_values`, S <= 256, D a multiple of 16 up to 128, all of one
-    dtype. q_weight (D,). key_lengths (B,) int32. Returns (B, T, H * D). Raises InvalidInput for anything that does
+    dtype. q_weight (D,). key_lengths (B,) int32. Returns (B, T, H * D). Raises InvalidInputError for anything that does
     not fit.
     """
     check_tensor("q", q, 3)

@@ -21,7 +21,7 @@ and, for editing, x' = keep (init + sigma' n_0) + (1 - keep) x' before the input
 every level the clip with that level's noise.
 
 They are read from the device, so a captured graph can be replayed with another schedule, guidance scale or seed. n
-is, to the bit, presto_rt.noise.normal(seed, shape, stream=stream) of each clip: sums are unfused and in the order
+is, to the bit, presto_rt.diffusion.noise.normal(seed, shape, stream=stream) of each clip: sums are unfused and in the order
 written.
 """
 
@@ -154,7 +154,7 @@ def normal(
     """(B, *shape) fp32: scale times the standard normal noise of each clip's seed. seeds (B,) int64 from
     `seeds_tensor`.
 
-    Raises InvalidInput for a stream outside 0 ... 2^32 - 1 or shapes that do not fit.
+    Raises InvalidInputError for a stream outside 0 ... 2^32 - 1 or shapes that do not fit.
     """
     check_tensor("seeds", seeds, 1, (torch.int64,))
     check(0 <= stream < 2**32, f"stream={stream} must lie in 0..2^32 - 1")
@@ -196,7 +196,7 @@ def edm_step(
     x (B, ...) fp32; conditional, unconditional: raw network outputs of the same shape, fp32, fp16 or bf16; all
     contiguous. coefficient (5,) fp32 from `coefficients`, on x's device. seeds (B,) int64: add fresh noise of
     `stream`; None: none. out may be x itself. input_out: (B, ...) or (2B, ...), the latter written twice for a
-    doubled guidance batch. Returns (x', input'). Raises InvalidInput for anything that does not fit.
+    doubled guidance batch. Returns (x', input'). Raises InvalidInputError for anything that does not fit.
     """
     check_tensor("x", x, x.dim(), (torch.float32,))
     check(x.dim() >= 2, f"x has {x.dim()} dimensions; the first is the clip, add it with [None]")
@@ -267,7 +267,7 @@ def trajectory_step(
     x, history (B, T, C) fp32; conditional, unconditional (B, T, C), one dtype; update (9,) fp32: (a, b, c, h, s, p, q,
     r, c_in'). stream: of the fresh noise, None for none. network_input (N, T, C) with N >= copies B, of which the first
     copies B are written; copies may be 0. Editing: init (B, T, C) fp32, keep (B, T) fp32 from 0 to 1, after (1,) fp32,
-    the noise level sigma' of x'. seeds (B,) int64, for either. All contiguous. Raises InvalidInput for anything that
+    the noise level sigma' of x'. seeds (B,) int64, for either. All contiguous. Raises InvalidInputError for anything that
     does not fit.
     """
     check_tensor("x", x, 3, (torch.float32,))

@@ -214,7 +214,7 @@ def linear(
 
     x (B, T, K), weight (N, K) of one dtype: fp16, bf16, float8_e4m3fn (fp32 for checks). bias (N,), weight_scale (N,)
     fp32. activation "swiglu" takes weights (2N, K), values before gates. Returns (B, T, N) in x's dtype (bf16 for
-    fp8) or out_dtype. Raises InvalidInput for shapes, dtypes or names that do not fit.
+    fp8) or out_dtype. Raises InvalidInputError for shapes, dtypes or names that do not fit.
     """
     check(activation in ACTIVATIONS, f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
     dtype = out.dtype if out is not None else out_dtype or _result_dtype(x)
@@ -250,7 +250,7 @@ def linear_gate_residual(
     """residual + table[base + gate] * (x W^T + bias): the way out of attention and MLP. table=None: no gate.
 
     residual (B, T, N), any float dtype. table (rows, N), base (B,) int32 as in `adaln`. out may be the residual itself.
-    Raises InvalidInput for anything that does not fit.
+    Raises InvalidInputError for anything that does not fit.
     """
     shape = _check(x, weight, bias, weight_scale, out, residual.dtype)
     check_tensor("residual", residual, 3)

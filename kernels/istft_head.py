@@ -110,7 +110,7 @@ def spectrum(head: Tensor, *, kind: str = "polar", limit: float = 100.0, backend
 
     limit: the largest magnitude. Phases must stay below 6000 in magnitude; beyond, an fp32 phase means little.
 
-    Raises InvalidInput for shapes, dtypes or names that do not fit.
+    Raises InvalidInputError for shapes, dtypes or names that do not fit.
     """
     check(kind in KINDS, f"kind={kind!r} is unknown; use 'polar' or 'cartesian'")
     check_tensor("head", head, 3)
@@ -135,7 +135,7 @@ def overlap_add(
     """Windowed frames to samples (B, length) fp32, divided by the windows' energy; 0 where no window reaches.
 
     frames (B, T, N), fp32, fp16 or bf16; window (N,) fp32. padding "center": N/2 samples cut at both ends, length (T
-    - 1) hop, as torch.istft; "same": length T hop. Raises InvalidInput for anything that does not fit.
+    - 1) hop, as torch.istft; "same": length T hop. Raises InvalidInputError for anything that does not fit.
     """
     check(padding in PADDINGS, f"padding={padding!r} is unknown; use 'center' or 'same'")
     check_tensor("frames", frames, 3)
@@ -166,7 +166,7 @@ def istft_head(
 ) -> Tensor:  # fmt: skip
     """Samples (B, length) from a head (B, T, N + 2), N the FFT's size and the window's length.
 
-    The options are those of `spectrum` and `overlap_add`. Raises InvalidInput for anything that does not fit.
+    The options are those of `spectrum` and `overlap_add`. Raises InvalidInputError for anything that does not fit.
     """
     size = window.shape[-1]
     check(head.shape[-1] == size + 2, f"head has width {head.shape[-1]}, an FFT of {size} needs {size + 2}")

@@ -4,7 +4,7 @@
 
 ties to even, NaN taken for silence, d triangular in (-1, 1) (Lipshitz, Wannamaker & Vanderkooy 1992): element i of a
 clip's interleaved output takes word w of its Philox stream, d = ((w mod 2^16) - (w div 2^16)) / 2^16. To the bit what
-presto_rt.pcm.to_pcm gives for the same seed.
+presto_rt.audio.pcm.to_pcm gives for the same seed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .philox import UNFUSED, interleave, words
 from .runtime import check, check_same_device, check_shape, check_tensor, jit, tl
 
 BLOCK = 1024
-DITHER_STREAM = 0xD17  # presto_rt.pcm's; a test compares
+DITHER_STREAM = 0xD17  # presto_rt.audio.pcm's; a test compares
 
 
 @jit
@@ -59,7 +59,7 @@ def pcm_reference(samples: Tensor, seeds: Tensor | None = None) -> Tensor:
 def pcm(samples: Tensor, seeds: Tensor | None = None, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
     """(B, frames, channels) int16 from samples (B, channels, frames) fp32 in [-1, 1], any strides over B and channels.
 
-    seeds (B,) int64: dither; None: none. Raises InvalidInput for anything that does not fit.
+    seeds (B,) int64: dither; None: none. Raises InvalidInputError for anything that does not fit.
     """
     check_tensor("samples", samples, 3, (torch.float32,))
     batch, channels, frames = samples.shape

@@ -1,4 +1,4 @@
-"""Counter-based noise inside kernels, to the bit the noise of `presto_rt.noise`, whose docstring gives every
+"""Counter-based noise inside kernels, to the bit the noise of `presto_rt.diffusion.noise`, whose docstring gives every
 operation in order.
 
 A block of four elements b = i // 4 of a stream has the Philox4x32-10 counter (b mod 2^32, b div 2^32, stream, 0)

@@ -136,7 +136,7 @@ def qk_norm_rope(
 
     qkv (B, T, 3 * heads * head_dim), any strides over B and T. cos, sin (T, rotary_dims / 2) fp32 from `rotary_table`;
     rotary_dims <= head_dim. q_weight, k_weight (head_dim,). q and k are new (or q_out, k_out, last dimension
-    contiguous), v is a view of qkv. Raises InvalidInput for shapes, dtypes or names that do not fit.
+    contiguous), v is a view of qkv. Raises InvalidInputError for shapes, dtypes or names that do not fit.
     """
     check_tensor("qkv", qkv, 3)
     batch, tokens, packed = qkv.shape

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BackendUnavailable, InvalidInput, MissingDependency
+from ..errors import BackendUnavailableError, InvalidInputError, MissingDependencyError
 from . import OPERATORS, runtime
 
 #: shared memory that one block may take, in bytes (CUDA C++ programming guide, table of compute capabilities)
@@ -59,7 +59,7 @@ def configurations(arch: int, operators: Sequence[str] = OPERATORS) -> Iterator[
     """(operator, configuration, launch) of every kernel that ships for `arch`."""
     for operator in operators:
         if operator not in OPERATORS:
-            raise InvalidInput(f"operator {operator!r} is unknown; use one of {', '.join(OPERATORS)}")
+            raise InvalidInputError(f"operator {operator!r} is unknown; use one of {', '.join(OPERATORS)}")
         module = importlib.import_module(f".{operator}", __package__)
         for name, call in module.shipped(arch):
             with runtime.recording(arch) as launches:
@@ -151,7 +151,7 @@ def _ptxas(ptx: str, arch: int, flags: list[str]) -> str:
             if done.returncode == 0:
                 return done.stdout + done.stderr
             said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
-    raise BackendUnavailable(f"ptxas could not assemble for sm_{arch}: {said}")
+    raise BackendUnavailableError(f"ptxas could not assemble for sm_{arch}: {said}")
 
 
 def rows(arch: int, operators: Sequence[str] = OPERATORS) -> Iterator[Row]:
@@ -178,9 +178,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     if runtime.triton is None:
-        raise MissingDependency("the report compiles Triton kernels and Triton is not installed: pip install triton")
+        raise MissingDependencyError(
+            "the report compiles Triton kernels and Triton is not installed: pip install triton"
+        )
     if runtime.interpreting:
-        raise InvalidInput("TRITON_INTERPRET is set, so nothing can be compiled; unset it")
+        raise InvalidInputError("TRITON_INTERPRET is set, so nothing can be compiled; unset it")
     table = [
         row
         for arch in options.arch or ["sm_80", "sm_90"]

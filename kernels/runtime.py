@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackendUnavailable, InvalidInput
+from ..errors import BackendUnavailableError, InvalidInputError
 
 log = logging.getLogger("presto_rt.kernels")
 
@@ -178,11 +178,11 @@ def use_triton(tensor: Tensor, backend: str = "auto") -> bool:
     """Whether an operator runs its Triton kernel on `tensor` (True) or its plain torch reference (False).
 
     backend: "auto" (Triton on CUDA tensors, under the interpreter and while recording), "triton" or "torch".
-    Raises InvalidInput for another name, BackendUnavailable when "triton" cannot run on this tensor; what "auto" gives
+    Raises InvalidInputError for another name, BackendUnavailableError when "triton" cannot run on this tensor; what "auto" gives
     up it logs, one line for each reason.
     """
     if backend not in ("auto", "triton", "torch"):
-        raise InvalidInput(f"backend={backend!r} is unknown; use 'auto', 'triton' or 'torch'")
+        raise InvalidInputError(f"backend={backend!r} is unknown; use 'auto', 'triton' or 'torch'")
     if backend == "torch":
         return False
     if triton is not None and (tensor.is_cuda or interpreting or _recorder is not None):
@@ -192,7 +192,7 @@ def use_triton(tensor: Tensor, backend: str = "auto") -> bool:
     else:
         why, remedy = f"Triton needs a GPU, not a {tensor.device.type} tensor", "move it to a GPU"
     if backend == "triton":
-        raise BackendUnavailable(f"backend='triton' cannot run: {why}; {remedy} or use backend='torch'")
+        raise BackendUnavailableError(f"backend='triton' cannot run: {why}; {remedy} or use backend='torch'")
     _say_plain(f"{why} ({remedy})", logging.WARNING if tensor.is_cuda else logging.INFO)
     return False
 
@@ -204,15 +204,15 @@ FP8 = (torch.float8_e4m3fn,)
 
 
 def check(condition: bool, message: str) -> None:
-    """Raise InvalidInput(message) unless `condition`."""
+    """Raise InvalidInputError(message) unless `condition`."""
     if not condition:
-        raise InvalidInput(message)
+        raise InvalidInputError(message)
 
 
 def check_tensor(
     name: str, tensor: Tensor, dims: int, dtypes: tuple[torch.dtype, ...] = FLOATS, last_contiguous: bool = True
 ) -> None:
-    """Raise InvalidInput unless `tensor` has `dims` dimensions, none empty, one of `dtypes`, and a last dimension
+    """Raise InvalidInputError unless `tensor` has `dims` dimensions, none empty, one of `dtypes`, and a last dimension
     of stride 1.
     """
     check(isinstance(tensor, Tensor), f"{name} is a {type(tensor).__name__}; pass a torch tensor")
@@ -228,18 +228,20 @@ def check_tensor(
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise InvalidInput unless `tensor` has exactly `shape`."""
+    """Raise InvalidInputError unless `tensor` has exactly `shape`."""
     check(tuple(tensor.shape) == tuple(shape), f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
 
 
 def check_fp8(tensor: Tensor, *dtypes: torch.dtype) -> None:
-    """Raise BackendUnavailable where one of `dtypes` is fp8 and the GPU of `tensor` is older than fp8."""
+    """Raise BackendUnavailableError where one of `dtypes` is fp8 and the GPU of `tensor` is older than fp8."""
     if any(fp8_limit(dtype) for dtype in dtypes) and capability(tensor) < 89:
-        raise BackendUnavailable(f"fp8 kernels need compute capability 8.9, this GPU has {capability(tensor) / 10}")
+        raise BackendUnavailableError(
+            f"fp8 kernels need compute capability 8.9, this GPU has {capability(tensor) / 10}"
+        )
 
 
 def check_rows(table: Tensor | None, base: Tensor | None, rows: list[int], batch: int, width: int) -> None:
-    """Raise InvalidInput unless `table` (rows, width) has those rows and `base` is (batch,) int32; either may be None.
+    """Raise InvalidInputError unless `table` (rows, width) has those rows and `base` is (batch,) int32; either may be None.
 
     What `base` adds on the device is not known here: base + row must lie in the table.
     """
@@ -254,7 +256,7 @@ def check_rows(table: Tensor | None, base: Tensor | None, rows: list[int], batch
 
 
 def check_out(name: str, out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise InvalidInput unless `out` is None or can take a result of that shape and dtype."""
+    """Raise InvalidInputError unless `out` is None or can take a result of that shape and dtype."""
     if out is not None:
         check_tensor(name, out, len(shape), (dtype,))
         check_shape(name, out, shape)
@@ -266,7 +268,7 @@ def filled(out: Tensor | None, result: Tensor) -> Tensor:
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
-    """Raise InvalidInput unless all given tensors (None apart) are on one device."""
+    """Raise InvalidInputError unless all given tensors (None apart) are on one device."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     check(
         len(set(devices.values())) <= 1,

@@ -109,7 +109,7 @@ def snake_conv1d(
 
     x (B, C_in, T) fp16 or bf16 (fp32 for checks), any strides over B and C; weight (K, C_out, C_in) from `pack`, same
     dtype. alpha, beta (C_in,) fp32: Snake; alpha=None: none, beta=None: alpha. residual (B, C_out, T_out) same dtype.
-    Returns (B, C_out, T + 2 padding - dilation (K - 1)). Raises InvalidInput for anything that does not fit.
+    Returns (B, C_out, T + 2 padding - dilation (K - 1)). Raises InvalidInputError for anything that does not fit.
     """
     check_tensor("x", x, 3)
     check_tensor("weight", weight, 3, (x.dtype,))

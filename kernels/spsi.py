@@ -138,7 +138,7 @@ def spsi(magnitude: Tensor, hop: int, size: int, *, out: Tensor | None = None, b
     samples.
 
     bins = size / 2 + 1, at most 32767; hop must divide size. out: (B, T, bins) complex64, contiguous.
-    Raises InvalidInput for anything that does not fit.
+    Raises InvalidInputError for anything that does not fit.
     """
     check_tensor("magnitude", magnitude, 3, (torch.float32,))
     batch, frames, bins = magnitude.shape

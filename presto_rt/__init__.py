@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .audio import Audio as Audio
+    from .audio.clip import Audio as Audio
     from .pipeline import Pipeline as Pipeline
     from .pipeline import load as load
 
@@ -41,7 +41,7 @@ def generate(prompt: Any, *, model: str = "nano", **options: Any) -> Any:
 
 def __getattr__(name: str) -> Any:
     if name == "Audio":
-        from .audio import Audio
+        from .audio.clip import Audio
 
         return Audio
     if name in ("Pipeline", "load"):

@@ -7,7 +7,7 @@ class PrestoError(Exception):
     """Base class of every error that Presto-RT raises on purpose."""
 
 
-class InvalidInput(PrestoError, ValueError):
+class InvalidInputError(PrestoError, ValueError):
     """An argument is of the wrong type, out of range, or names something unknown."""
 
 
@@ -15,7 +15,7 @@ class WeightsError(PrestoError):
     """A weights folder is missing, incomplete, damaged, or of another model."""
 
 
-class BackendUnavailable(PrestoError, RuntimeError):
+class BackendUnavailableError(PrestoError, RuntimeError):
     """A device or backend was asked for by name and cannot be had here."""
 
 
@@ -23,9 +23,9 @@ class OutputError(PrestoError, OSError):
     """The result cannot be written where it was asked to go."""
 
 
-class MissingDependency(PrestoError, ImportError):
+class MissingDependencyError(PrestoError, ImportError):
     """An optional package is needed for this and is not installed."""
 
 
-class EngineOutOfMemory(PrestoError, MemoryError):
+class OutOfMemoryError(PrestoError, MemoryError):
     """The engine found no memory for a request, even after it gave up all that it kept. It can be used on."""

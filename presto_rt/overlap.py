@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from presto_rt import native
-from presto_rt.errors import InvalidInput
+from . import native
+from .errors import InvalidInputError
 
 SMALLEST_ENVELOPE = 1e-8  # below this the division would only blow up rounding noise
 
@@ -22,7 +22,7 @@ def overlap_add(frames: Tensor, window: Tensor, hop: int, *, center: bool = True
 
     `window` (n_fft,) is applied here. With `center` the first n_fft // 2 samples are dropped, as in torch.istft, and
     the last n_fft // 2 too unless `length` asks for them; `length` is the number of samples to return.
-    Differentiable. Raises InvalidInput for wrong shapes or dtypes and where the windows leave a returned sample
+    Differentiable. Raises InvalidInputError for wrong shapes or dtypes and where the windows leave a returned sample
     uncovered.
     """
     _check(frames, window, hop)
@@ -31,7 +31,7 @@ def overlap_add(frames: Tensor, window: Tensor, hop: int, *, center: bool = True
     first = size // 2 if center else 0
     last = total - first if length is None else first + length
     if not first < last <= total:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"length must be from 1 to {total - first} for {count} frames of {size} at hop {hop}, got {length}"
         )
     needs_graph = torch.is_grad_enabled() and (frames.requires_grad or window.requires_grad)
@@ -42,7 +42,9 @@ def overlap_add(frames: Tensor, window: Tensor, hop: int, *, center: bool = True
     else:
         summed, envelope = overlap_add_torch(frames, window, hop)
     if float(envelope[first:last].min()) < SMALLEST_ENVELOPE:
-        raise InvalidInput("the windows leave samples uncovered: use a smaller hop, another window, or center=True")
+        raise InvalidInputError(
+            "the windows leave samples uncovered: use a smaller hop, another window, or center=True"
+        )
     return summed[:, first:last]
 
 
@@ -68,9 +70,11 @@ def _add(frames: Tensor, hop: int) -> Tensor:
 
 def _check(frames: Tensor, window: Tensor, hop: int) -> None:
     if frames.ndim != 3 or frames.shape[1] < 1 or frames.dtype != torch.float32:
-        raise InvalidInput(f"frames must be float32 (batch, frames, size), got {frames.dtype} {tuple(frames.shape)}")
+        raise InvalidInputError(
+            f"frames must be float32 (batch, frames, size), got {frames.dtype} {tuple(frames.shape)}"
+        )
     size = frames.shape[2]
     if window.shape != (size,) or window.dtype != torch.float32:
-        raise InvalidInput(f"window must be float32 ({size},), got {window.dtype} {tuple(window.shape)}")
+        raise InvalidInputError(f"window must be float32 ({size},), got {window.dtype} {tuple(window.shape)}")
     if not 1 <= hop <= size:
-        raise InvalidInput(f"hop must be from 1 to the frame size {size}, got {hop}")
+        raise InvalidInputError(f"hop must be from 1 to the frame size {size}, got {hop}")

@@ -16,31 +16,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import arguments, noise, weights
-from .arguments import number
-from .audio import Audio
-from .config import HOP, MAX_SECONDS, SAMPLE_RATE, ModelConfig, preset
+from . import request as arguments
+from .audio.clip import Audio
+from .checkpoints import folder as weights
+from .conditioning.keys import Key, key_features
+from .conditioning.minilm import TextEncoder, TextStates, check_prompts, load_text_encoder
+from .diffusion import noise
 from .diffusion.guidance import Guidance, guided
 from .diffusion.precond import precondition
 from .diffusion.samplers import SAMPLERS, sample
-from .diffusion.schedule import Layers, LayerSchedule, parse_layers, sampling_levels
-from .engine import Engine, rates
-from .engine.cpu import CpuOps, unavailable
-from .engine.decoder import DecoderEngine
-from .engine.encoder import TextEngine
-from .engine.request import Request
-from .engine.threads import limited
-from .engine.trajectory import write_out
-from .errors import BackendUnavailable, InvalidInput, WeightsError
-from .keys import Key, key_features
+from .diffusion.schedule import Layers, LayerSchedule, parse_layers, sampling_sigmas
+from .diffusion.trajectory import compile_trajectory
+from .errors import BackendUnavailableError, InvalidInputError, WeightsError
 from .models.codec import Codec, CodecConfig
+from .models.config import HOP, MAX_SECONDS, SAMPLE_RATE, ModelConfig, preset
 from .models.dit import Condition, DiT, beat_features
-from .models.untrained import SUFFIX, UntrainedText, untrained, untrained_codec
-from .text import TextEncoder, TextStates, check_prompts, load_text_encoder
+from .models.random_weights import SUFFIX, UntrainedText, untrained, untrained_codec
+from .request import number
+from .runtime.codec import DecoderEngine
+from .runtime.cpu import autodtype as rates
+from .runtime.cpu.ops import CpuOps, unavailable
+from .runtime.cpu.threads import thread_limit
+from .runtime.cuda.buffers import Request
+from .runtime.engine import Engine
+from .runtime.text_encoder import TextEngine
 
 if TYPE_CHECKING:  # Triton is loaded where it is used
-    from .engine.graph import GraphEngine, Limits
-    from .engine.precision import Fp8
+    from .runtime.cuda.fp8 import Fp8
+    from .runtime.cuda.graph import GraphEngine, Limits
 
 log = logging.getLogger("presto_rt")
 
@@ -114,8 +117,8 @@ class Pipeline:
         self.graph: GraphEngine | None = None
         self.codec = codec.to(device).eval().requires_grad_(False)
         if backend == "graph":
-            from .engine.cuda import CudaOps
-            from .engine.graph import GraphEngine
+            from .runtime.cuda.graph import GraphEngine
+            from .runtime.cuda.ops import CudaOps
 
             table = CudaOps(dtype, device, backend="torch" if device.type == "cpu" else "auto")
             self.graph = GraphEngine(dit, self.codec, self.encoder, table, peak=PEAK, limits=limits, fp8=fp8)
@@ -153,7 +156,7 @@ class Pipeline:
         list uses seed + i, or the i-th of a list of seeds; None draws one, which the Audio tells. callback(step,
         steps) after each step (all at once at the end, where a graph does them in one). return_latents: returns
         (audio, latents (T, C)) or (list, (B, T, C)). output: "pcm16" gives int16 arrays (frames, 2) instead of Audio,
-        dithered by their seeds, for those who send them on. Raises InvalidInput, EngineOutOfMemory.
+        dithered by their seeds, for those who send them on. Raises InvalidInputError, OutOfMemoryError.
         """
         prompts = check_prompts(prompt)
         tempos, keys = arguments.tempos(prompts, bpm), arguments.keys(prompts, key)
@@ -161,9 +164,9 @@ class Pipeline:
         how = (seconds, steps, sampler, guidance, guidance_interval, cfg_pp, layers)
         plan = self.plan(*how, deadline_ms=deadline_ms, clips=len(prompts))
         if negative_prompt is not None and not isinstance(negative_prompt, str):
-            raise InvalidInput("negative_prompt must be a string")
+            raise InvalidInputError("negative_prompt must be a string")
         if output not in ("audio", "pcm16"):
-            raise InvalidInput(f'output must be "audio" or "pcm16", not {output!r}')
+            raise InvalidInputError(f'output must be "audio" or "pcm16", not {output!r}')
         clips: list[Any] = []
         latents = []
         # On a CPU clips run one after another: batching gains nothing at these sizes, and a clip is then the same
@@ -189,9 +192,9 @@ class Pipeline:
              guidance: float | None = None, guidance_interval: tuple[float, float] | None = None,
              cfg_pp: bool = False, layers: Layers = None, deadline_ms: float | None = None,
              clips: int = 1) -> Plan:  # fmt: skip
-        """The plan of a request; raises InvalidInput for settings that cannot be run."""
+        """The plan of a request; raises InvalidInputError for settings that cannot be run."""
         if deadline_ms is not None:
-            from .tuning import plan_in_time
+            from .deadline import plan_in_time
 
             request = {"sampler": sampler, "guidance": guidance, "guidance_interval": guidance_interval,
                        "cfg_pp": cfg_pp}  # fmt: skip
@@ -200,15 +203,15 @@ class Pipeline:
         config, defaults = self.config, self.defaults
         steps = defaults.steps if steps is None else steps
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
-            raise InvalidInput(f"steps must be a whole number from 1 to {MAX_STEPS}, not {steps!r}")
+            raise InvalidInputError(f"steps must be a whole number from 1 to {MAX_STEPS}, not {steps!r}")
         sampler = defaults.sampler if sampler is None else sampler
         if sampler not in SAMPLERS:
-            raise InvalidInput(f"unknown sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+            raise InvalidInputError(f"unknown sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
         scale = number("guidance", defaults.guidance if guidance is None else guidance, 0, 100)
         how = Guidance(scale, guidance_interval or defaults.guidance_interval, cfg_pp)
         how.check(sampler)
         samples = round(number("seconds", seconds, 0.05, MAX_SECONDS) * SAMPLE_RATE)
-        levels = sampling_levels(sampler, steps, config.sigma_min, config.sigma_max, config.rho)
+        levels = sampling_sigmas(sampler, steps, config.sigma_min, config.sigma_max, config.rho)
         schedule = parse_layers(
             defaults.layers if layers is None else layers, config.blocks, levels=levels, saved=self.schedules,
             ladder=(config.sigma_min, config.sigma_max, config.rho),
@@ -245,7 +248,9 @@ class Pipeline:
                 seeds: list[int], negative: str | None = None, output: str = "float32") -> Request:  # fmt: skip
         """What `engine.graph` is asked for a plan: everything of a call that its graph reads."""
         config, encoder = self.config, self.encoder
-        runs = write_out(plan.sampler, plan.levels, plan.guidance, plan.layers, config.network, config.sigma_data)
+        runs = compile_trajectory(
+            plan.sampler, plan.levels, plan.guidance, plan.layers, config.network, config.sigma_data
+        )
         tokens = encoder.tokens(prompts, config.text_tokens)
         away = None if negative is None else encoder.tokens([negative] * len(prompts), config.text_tokens)
         beats = torch.stack([beat_features(plan.frames, HOP / SAMPLE_RATE, bpm) for bpm in tempos])
@@ -273,13 +278,13 @@ class Pipeline:
         """The trajectory of a plan: latents (B, T, C) fp32 from seeds and conditions. The hot path."""
         if self.engine is not None:
             c = self.config
-            runs = write_out(plan.sampler, plan.levels, plan.guidance, plan.layers, c.network, c.sigma_data)
+            runs = compile_trajectory(plan.sampler, plan.levels, plan.guidance, plan.layers, c.network, c.sigma_data)
             return self.engine.run(self.engine.plan(runs, condition, unconditional, plan.frames), seeds, callback)
         both_conditions = cache(lambda: condition.cat(unconditional))  # not made where nothing is guided
         shape = (plan.frames, self.config.latent_channels)
         drawn = None
         if self.device.type == "cuda":
-            from .engine.cuda import noise_of
+            from .runtime.cuda.ops import noise_of
 
             drawn = noise_of(seeds, shape, self.device)
 
@@ -302,15 +307,15 @@ class Pipeline:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, frames: int) -> Tensor:
-        """Stereo samples (B, 2, frames) fp32 of latents (B, T, C), not limited to full scale. Raises InvalidInput."""
+        """Stereo samples (B, 2, frames) fp32 of latents (B, T, C), not limited to full scale. Raises InvalidInputError."""
         if self.device.type == "cuda":
-            from .engine import sound
+            from .runtime import masked_decode as sound
 
             count = torch.full((len(latents),), latents.shape[1], dtype=torch.int32, device=self.device)
             return sound.decode(self.codec, latents, count)[..., :frames]
         if self.decoder is None:
             return self.codec.decode(latents, frames=frames, clamp=False).float()
-        with limited(self.decoder.threads):
+        with thread_limit(self.decoder.threads):
             return self.codec.decode(latents, frames=frames, clamp=False, network=self.decoder)
 
     def _condition(self, plan: Plan, prompts: list[str], tempos: list[float | None],
@@ -361,14 +366,14 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
     engine for CPUs, "graph" the one that runs all of a request as one CUDA graph (on a CPU: as one recorded function),
     "torch" plain torch; "auto" takes the device's engine where it can be had, else torch, and logs why. threads: of the
     CPU engine; torch's number by default. limits: how many graphs and streams the graph engine keeps.
-    Raises WeightsError, BackendUnavailable, InvalidInput.
+    Raises WeightsError, BackendUnavailableError, InvalidInputError.
     """
     if backend not in BACKENDS:
-        raise BackendUnavailable(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
+        raise BackendUnavailableError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
     where = _device(device)
     computed = _dtype(dtype, where)
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
-        raise InvalidInput(f"threads must be a whole number from 1 to 1024, not {threads!r}")
+        raise InvalidInputError(f"threads must be a whole number from 1 to 1024, not {threads!r}")
     random = str(name).endswith(SUFFIX)
     loaded = weights.Weights({}) if random else weights.load(name)
     try:
@@ -386,19 +391,21 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
             )
         saved = {k: LayerSchedule.from_json(v) for k, v in loaded.config.get("layers", {}).items()}
         schedules = {k: parse_layers(v, config.blocks) for k, v in saved.items()}  # of this very depth
-    except (InvalidInput, KeyError, RuntimeError) as error:
+    except (InvalidInputError, KeyError, RuntimeError) as error:
         raise WeightsError(
             f"the weights of {name} do not fit their configuration: {str(error).splitlines()[0]}"
         ) from error
     ran_by = _backend(backend, where, computed, config)
     if dtype == "int8" and ran_by != "cpu":
-        raise BackendUnavailable('dtype="int8" needs the CPU engine: choose device="cpu" and backend="auto" or "cpu"')
-    int8 = dtype == "int8" or (dtype == "auto" and ran_by == "cpu" and rates.int8_pays())
+        raise BackendUnavailableError(
+            'dtype="int8" needs the CPU engine: choose device="cpu" and backend="auto" or "cpu"'
+        )
+    int8 = dtype == "int8" or (dtype == "auto" and ran_by == "cpu" and rates.int8_is_faster())
     fp8 = None
     if dtype == "fp8":
         if ran_by != "graph":
-            raise BackendUnavailable("fp8 needs backend='graph'; choose it, or another dtype")
-        from .engine.precision import Fp8
+            raise BackendUnavailableError("fp8 needs backend='graph'; choose it, or another dtype")
+        from .runtime.cuda.fp8 import Fp8
 
         fp8 = Fp8()
     return Pipeline(dit, codec, device=where, dtype=computed, name=Path(name).name, backend=ran_by, threads=threads,
@@ -408,15 +415,15 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
 
 
 def _backend(name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig) -> str:
-    """What runs the transformer: "graph" or "cpu", the engines, or "torch". BackendUnavailable where what was asked for
+    """What runs the transformer: "graph" or "cpu", the engines, or "torch". BackendUnavailableError where what was asked for
     by name cannot be had."""
     on_cpu = device.type == "cpu"
     if not on_cpu:
-        from .engine import cuda
+        from .runtime.cuda import ops as cuda
     why = {"cpu": unavailable(dtype) if on_cpu else "the device is not a CPU",
            "graph": None if on_cpu else cuda.unavailable(config, dtype, device)}  # fmt: skip
     if why.get(name) is not None:
-        raise BackendUnavailable(f"the {name} engine cannot be used: {why[name]}; choose backend='torch'")
+        raise BackendUnavailableError(f"the {name} engine cannot be used: {why[name]}; choose backend='torch'")
     if name != "auto":
         return name
     engine = "cpu" if on_cpu else "graph"
@@ -428,15 +435,15 @@ def _backend(name: str, device: torch.device, dtype: torch.dtype, config: ModelC
 
 def _device(name: str) -> torch.device:
     if name not in DEVICES:
-        raise InvalidInput(f"unknown device {name!r}; there are {', '.join(DEVICES)}")
+        raise InvalidInputError(f"unknown device {name!r}; there are {', '.join(DEVICES)}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailable("no CUDA GPU can be used here; choose device='auto' or 'cpu'")
+        raise BackendUnavailableError("no CUDA GPU can be used here; choose device='auto' or 'cpu'")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
-        raise InvalidInput(f"unknown dtype {name!r}; there are {', '.join(DTYPES)}")
+        raise InvalidInputError(f"unknown dtype {name!r}; there are {', '.join(DTYPES)}")
     chosen = DTYPES[name]
     if chosen is not None:
         return chosen

@@ -14,9 +14,9 @@ import pytest
 import soundfile
 import torch
 
-from presto_rt.audio import Audio, check_writable, load
-from presto_rt.errors import InvalidInput, OutputError, PrestoError
-from presto_rt.resample import resample
+from presto_rt.audio.clip import Audio, check_writable, load
+from presto_rt.audio.resample import resample
+from presto_rt.errors import InvalidInputError, OutputError, PrestoError
 
 FORMATS = [
     ("a.wav", None),
@@ -57,12 +57,12 @@ def test_it_holds_what_it_was_given() -> None:
     ],
 )
 def test_what_is_not_audio_is_refused(samples: np.ndarray, rate: int, message: str) -> None:
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         Audio(samples, rate)
 
 
 def test_a_bad_seed_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="seed"):
+    with pytest.raises(InvalidInputError, match="seed"):
         Audio(clip(), seed=-1)
 
 
@@ -201,7 +201,7 @@ def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
         (wide, "3 channels"),
     ]
     for path, message in cases:
-        with pytest.raises(InvalidInput, match=message) as caught:
+        with pytest.raises(InvalidInputError, match=message) as caught:
             load(path)
         assert "\n" not in str(caught.value)
         assert isinstance(caught.value, PrestoError)
@@ -235,7 +235,7 @@ def test_resampling_ratios_without_a_common_factor_and_short_clips() -> None:
         assert torch.isfinite(out).all()
     same = torch.randn(2, 5)
     assert resample(same, 44100, 44100) is same
-    with pytest.raises(InvalidInput, match="sample rates"):
+    with pytest.raises(InvalidInputError, match="sample rates"):
         resample(same, 0, 44100)
 
 

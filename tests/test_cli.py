@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from models import write_tiny_model
 
-from presto_rt.cli import main
-from presto_rt.training.synthetic import write_latents
+from presto_rt.cli.main import main
+from presto_rt.lab.training.synthetic import write_latents
+from tests.support.models import write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_a_package_that_is_not_there_is_named(
     def run(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("No module named 'scipy'")
 
-    monkeypatch.setattr("presto_rt.info.info_text", run)
+    monkeypatch.setattr("presto_rt.cli.info.info_text", run)
     assert main(["info"]) == 1
     assert capsys.readouterr().err == (
         "presto-rt: error: No module named 'scipy'; pip install 'presto-rt[data,train,eval]'\n"

@@ -7,17 +7,9 @@ import pytest
 import torch
 
 from presto_rt import native
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInputError
 from presto_rt.models.codec import Codec, CodecConfig
-from presto_rt.models.codec_features import (
-    FRAME_HOP,
-    LATENT_HOP,
-    N_FFT,
-    SAMPLE_RATE,
-    SpectralFrames,
-    mel_filters,
-    spsi_numpy,
-)
+from presto_rt.models.spectral import FRAME_HOP, LATENT_HOP, N_FFT, SAMPLE_RATE, SpectralFrames, mel_filters, spsi_numpy
 
 SMALL = CodecConfig(
     encoder_width=32, encoder_blocks=1, decoder_width=32, decoder_blocks=1, frame_width=16, frame_blocks=1
@@ -88,7 +80,7 @@ def test_sampling_adds_the_posteriors_noise(codec: Codec) -> None:
     ],
 )
 def test_bad_samples_are_refused(codec: Codec, bad: torch.Tensor, reason: str) -> None:
-    with pytest.raises(InvalidInput, match=reason):
+    with pytest.raises(InvalidInputError, match=reason):
         codec.encode(bad)
 
 
@@ -101,7 +93,7 @@ def test_bad_latents_are_refused(codec: Codec) -> None:
         lambda: codec.decode(good, griffin_lim=-1),
         lambda: codec.decode(good * float("inf")),
     ):
-        with pytest.raises(InvalidInput):
+        with pytest.raises(InvalidInputError):
             call()
 
 
@@ -121,7 +113,7 @@ def test_decoding_never_goes_above_the_ceiling() -> None:
 
 def test_unknown_config_name_is_refused() -> None:
     assert CodecConfig.from_dict(SMALL.to_dict()) == SMALL
-    with pytest.raises(InvalidInput, match="widht"):
+    with pytest.raises(InvalidInputError, match="widht"):
         CodecConfig.from_dict({"widht": 3})
 
 
@@ -166,7 +158,7 @@ def test_spsi_native_equals_twin() -> None:
 @pytest.mark.parametrize("hz", [110.0, 441.7, 1234.5, 5005.0])
 def test_sine_comes_back_at_its_pitch_from_magnitudes(frames: SpectralFrames, hz: float) -> None:
     features = frames.features(tones(1.5, hz, hz)[..., : 32 * LATENT_HOP], with_cosine=True)
-    back = frames.synthesise(features, griffin_lim=1)[0, 0]
+    back = frames.synthesize(features, griffin_lim=1)[0, 0]
     exact = hz < 2500  # above, bands are wider than a bin: two at 5 kHz, which smears a lone sine and lowers its level
     assert abs(peak_hz(back) - hz) < (3.0 if exact else 43.0)
     assert back.square().mean() == pytest.approx(0.08, rel=0.25 if exact else 0.5)
@@ -174,13 +166,13 @@ def test_sine_comes_back_at_its_pitch_from_magnitudes(frames: SpectralFrames, hz
 
 def test_stereo_image_survives(frames: SpectralFrames) -> None:
     samples = tones(1.5, 440.0, 700.0)[..., : 32 * LATENT_HOP]
-    back = frames.synthesise(frames.features(samples, with_cosine=True), griffin_lim=2)[0]
+    back = frames.synthesize(frames.features(samples, with_cosine=True), griffin_lim=2)[0]
     assert peak_hz(back[0]) == pytest.approx(440.0, abs=3.0)
     assert peak_hz(back[1]) == pytest.approx(700.0, abs=3.0)
 
 
 def test_silence_stays_silent(frames: SpectralFrames) -> None:
-    back = frames.synthesise(frames.features(torch.zeros(1, 2, 8 * LATENT_HOP), with_cosine=True), griffin_lim=2)
+    back = frames.synthesize(frames.features(torch.zeros(1, 2, 8 * LATENT_HOP), with_cosine=True), griffin_lim=2)
     assert back.abs().max() < 1e-5
 
 

@@ -15,17 +15,17 @@ import pytest
 import soundfile
 import torch
 
-from presto_rt.errors import BackendUnavailable, InvalidInput, WeightsError
-from presto_rt.evaluation.codec import evaluate_codec, markdown, measure
+from presto_rt.errors import BackendUnavailableError, InvalidInputError, WeightsError
+from presto_rt.lab.evaluation.codec import evaluate_codec, markdown, measure
+from presto_rt.lab.training import codec as codec_training
+from presto_rt.lab.training import latents as latents_module
+from presto_rt.lab.training.codec import CodecTraining, train_codec, write_codec
+from presto_rt.lab.training.codec_data import FeatureStore
+from presto_rt.lab.training.codec_loss import CodecLoss, LossParts, start_from_pca
+from presto_rt.lab.training.common import Stopper, load_checkpoint, schedule
+from presto_rt.lab.training.latents import encode_dataset, load_latents
 from presto_rt.models.codec import Codec, CodecConfig, load_codec
-from presto_rt.models.codec_features import LATENT_HOP, SAMPLE_RATE
-from presto_rt.training import codec as codec_training
-from presto_rt.training import latents as latents_module
-from presto_rt.training.codec import CodecTraining, train_codec, write_codec
-from presto_rt.training.codec_data import FeatureStore
-from presto_rt.training.codec_loss import CodecLoss, LossParts, start_from_pca
-from presto_rt.training.common import Stopper, load_checkpoint, schedule
-from presto_rt.training.latents import encode_dataset, load_latents
+from presto_rt.models.spectral import LATENT_HOP, SAMPLE_RATE
 
 SMALL = CodecConfig(
     encoder_width=48, encoder_blocks=1, decoder_width=48, decoder_blocks=1, frame_width=32, frame_blocks=1
@@ -92,7 +92,7 @@ def test_pca_start_gives_standard_latents(data: Path) -> None:
     runs = store.spread(4000, np.random.default_rng(0))
     assert 0.7 < start_from_pca(codec, runs) <= 1.0
     with torch.no_grad():
-        latents = codec.encoder(codec.normalise(runs[:, :, :2]))[0].flatten(0, 1)
+        latents = codec.encoder(codec.normalize(runs[:, :, :2]))[0].flatten(0, 1)
     assert torch.allclose(latents.mean(0), torch.zeros(64), atol=0.02)
     assert torch.allclose(torch.cov(latents.T), torch.eye(64), atol=0.05)
 
@@ -131,7 +131,7 @@ def test_ceiling_is_the_loudest_of_all_training_audio(data: Path) -> None:
 
 
 def test_freezing_without_a_codec_is_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="start_from"):
+    with pytest.raises(InvalidInputError, match="start_from"):
         train_codec(data, tmp_path, 0.1, freeze_encoder=True, settings=QUICK, progress=False)
     with pytest.raises(WeightsError, match="no checkpoint"):
         train_codec(data, tmp_path, 0.1, resume=True, settings=QUICK, progress=False)
@@ -139,15 +139,15 @@ def test_freezing_without_a_codec_is_refused(data: Path, tmp_path: Path) -> None
 
 def test_a_run_is_not_overwritten_and_bad_choices_are_refused_in_words(data: Path, tmp_path: Path) -> None:
     (tmp_path / "last.safetensors").write_bytes(b"fifty minutes")
-    with pytest.raises(InvalidInput, match="--resume"):
+    with pytest.raises(InvalidInputError, match="--resume"):
         train_codec(data, tmp_path, 0.1, settings=QUICK, progress=False)
     assert (tmp_path / "last.safetensors").read_bytes() == b"fifty minutes"
     with pytest.raises(WeightsError, match="no model"):
         train_codec(data, tmp_path / "b", 0.1, start_from=tmp_path / "none", settings=QUICK, progress=False)
-    with pytest.raises(InvalidInput, match="there are auto, cpu and cuda"):
+    with pytest.raises(InvalidInputError, match="there are auto, cpu and cuda"):
         train_codec(data, tmp_path / "b", 0.1, "tpu", settings=QUICK, progress=False)
     if not torch.cuda.is_available():
-        with pytest.raises(BackendUnavailable, match="no CUDA GPU"):
+        with pytest.raises(BackendUnavailableError, match="no CUDA GPU"):
             train_codec(data, tmp_path / "b", 0.1, "cuda", settings=QUICK, progress=False)
 
 
@@ -192,7 +192,7 @@ def test_the_first_row_after_a_resume_is_a_mean_of_its_own_steps(tmp_path: Path)
 KILLED = """
 import sys
 from presto_rt.models.codec import CodecConfig
-from presto_rt.training.codec import CodecTraining, train_codec
+from presto_rt.lab.training.codec import CodecTraining, train_codec
 config = CodecConfig.from_dict({config!r})
 sizes = dict(batch=2, latents=8, pca_frames=2000, log_every=2, gain_clips=2)
 settings = CodecTraining(compile=False, checkpoint_minutes=0.005, **sizes)
@@ -233,7 +233,7 @@ def test_schedule_lands_on_its_final_rate() -> None:
     assert schedule(0.02) == pytest.approx(1.0)
     assert schedule(1.0) == pytest.approx(0.02)
     assert schedule(0.51, shape="linear") == pytest.approx(0.51)
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInputError):
         schedule(0.5, shape="stairs")
 
 
@@ -264,7 +264,7 @@ def test_latents_of_a_data_set_resume_to_the_same_bytes(data: Path, tmp_path: Pa
     assert np.array_equal(resumed[1:], latents[1:])
     assert len((tmp_path / "a" / "train.npy").read_bytes()) == len(expected)
     assert not list((tmp_path / "a").glob("*.part*"))
-    with pytest.raises(InvalidInput, match="no latents"):
+    with pytest.raises(InvalidInputError, match="no latents"):
         load_latents(tmp_path, "train")
 
 
@@ -312,7 +312,7 @@ def test_measures_are_zero_for_a_copy_and_grow_with_damage() -> None:
     assert quieter["si_sdr_db"] > 60.0
     mono = np.repeat(clip.mean(0, keepdims=True), 2, 0)
     assert measure(clip, mono)["side_db"] > 10.0
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInputError):
         measure(clip, clip[:, :-1])
 
 
@@ -335,9 +335,9 @@ def test_evaluation_table_and_half_precision_weights(tmp_path: Path) -> None:
 
 def test_a_codec_comes_from_a_shipped_model_too(tmp_path: Path) -> None:
     """What `train encode --codec nano` reads: data can be encoded, and training go on, without the codec's run."""
-    from presto_rt.weights import load
+    from presto_rt.checkpoints.folder import load
 
     codec = load_codec("nano")
     assert torch.equal(codec.latent_scale, load("nano").parts["codec"]["latent_scale"].float())
-    with pytest.raises(InvalidInput, match="run folder"):
+    with pytest.raises(InvalidInputError, match="run folder"):
         load_codec(tmp_path)

@@ -16,18 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from presto_rt import native
-from presto_rt.engine import decoder as decoding
-from presto_rt.engine import rates
-from presto_rt.engine.arena import aliased, place
-from presto_rt.engine.cpu import WIDE, CpuOps, Packed8
-from presto_rt.engine.decoder import DecoderEngine, DecoderWeights
-from presto_rt.engine.encoder import TextEngine
-from presto_rt.engine.reference import ACTIVATIONS, ReferenceOps
-from presto_rt.errors import BackendUnavailable
-from presto_rt.evaluation.codec import measure
+from presto_rt.conditioning.minilm import load_text_encoder
+from presto_rt.errors import BackendUnavailableError
+from presto_rt.lab.evaluation.codec import measure
 from presto_rt.models.codec import Codec, CodecConfig
 from presto_rt.pipeline import load
-from presto_rt.text import load_text_encoder
+from presto_rt.runtime import codec as decoding
+from presto_rt.runtime.codec import DecoderEngine, DecoderWeights
+from presto_rt.runtime.cpu import autodtype as rates
+from presto_rt.runtime.cpu.ops import WIDE, CpuOps, Packed8
+from presto_rt.runtime.eager.ops import ACTIVATIONS, ReferenceOps
+from presto_rt.runtime.memory import aliased, place
+from presto_rt.runtime.text_encoder import TextEngine
 
 if native.lib is None:
     pytest.skip(f"no C++ operators: {native.why}", allow_module_level=True)
@@ -248,7 +248,7 @@ def test_auto_is_what_is_fastest_here(
 
 
 def test_int8_is_for_the_engine_alone() -> None:
-    with pytest.raises(BackendUnavailable, match="int8"):
+    with pytest.raises(BackendUnavailableError, match="int8"):
         load("nano", device="cpu", dtype="int8", backend="torch")
 
 
@@ -287,7 +287,7 @@ def test_decoder_equals_the_codec(table: Table, dtype: torch.dtype, batch: int, 
         return close(got, codec.decode_features(latents), exact)
     rounded = copy.deepcopy(codec)
     rounded.decoder.to(dtype)
-    plain = rounded.denormalise(rounded.decoder((latents / codec.latent_scale + codec.latent_mean).to(dtype)))
+    plain = rounded.denormalize(rounded.decoder((latents / codec.latent_scale + codec.latent_mean).to(dtype)))
     plain[:, :, :2] = torch.minimum(plain[:, :, :2], codec.ceiling)
     # The features are fp32, so there is no unit of bf16 to spare: 1.2 times torch's error in the mean square.
     error, torchs = ((x.double() - exact).square().mean().sqrt() for x in (got, plain))

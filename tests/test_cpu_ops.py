@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from presto_rt import native
-from presto_rt.engine.cpu import GELU_TANH, SILU, SWIGLU, CpuOps, pack
-from presto_rt.engine.reference import ReferenceOps
-from presto_rt.engine.threads import limited, openmp
-from presto_rt.models.codec_features import SpectralFrames
 from presto_rt.models.dit import rotary_table
+from presto_rt.models.spectral import SpectralFrames
+from presto_rt.runtime.cpu.ops import GELU_TANH, SILU, SWIGLU, CpuOps, pack
+from presto_rt.runtime.cpu.threads import openmp, thread_limit
+from presto_rt.runtime.eager.ops import ReferenceOps
 
 if native.lib is None:
     pytest.skip(f"no C++ operators: {native.why}", allow_module_level=True)
@@ -74,7 +74,7 @@ def test_residual_norm_modulate(dtype: torch.dtype, batch: int, tokens: int, wid
     def run(ops: Any, wide: torch.dtype, narrow: torch.dtype) -> tuple[Tensor, Tensor]:
         residual, out = (poisoned(batch, tokens, width, dtype=kind) for kind in (wide, narrow))
         inputs = unaligned(source.to(wide)), unaligned(branch.to(narrow)), unaligned(rows.to(wide))
-        ops.residual_norm_modulate(*inputs, gate, shift, scale, residual, out)
+        ops.adaln(*inputs, gate, shift, scale, residual, out)
         return residual, out
 
     got = run(CpuOps(dtype, threads), torch.float32, dtype)
@@ -191,7 +191,7 @@ def test_denormals_infinities_and_nan_come_through(dtype: torch.dtype) -> None:
     source, out = torch.zeros(1, 3, 40), torch.empty(1, 3, 40, dtype=dtype)
     source[0, 1, 5] = nan
     residual = torch.empty_like(source)
-    ops.residual_norm_modulate(source, torch.ones(1, 3, 40, dtype=dtype), torch.zeros(1, 1, 40), None, None, None,
+    ops.adaln(source, torch.ones(1, 3, 40, dtype=dtype), torch.zeros(1, 1, 40), None, None, None,
                                residual, out)  # fmt: skip
     assert out[0, 1].isnan().all()
     assert torch.equal(out[0, 0], torch.zeros(40, dtype=dtype))
@@ -241,11 +241,11 @@ def test_addresses_are_given_away_only_for_tensors_that_fit() -> None:
     x, good = torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)
     for bad in (good.double(), torch.zeros(1, 4, 7), torch.zeros(1, 8, 4).transpose(1, 2)):
         with pytest.raises(ValueError, match="contiguous"):
-            ops.residual_norm_modulate(x, bad, torch.zeros(1, 3, 8), 0, 1, 2, good, good.clone())
+            ops.adaln(x, bad, torch.zeros(1, 3, 8), 0, 1, 2, good, good.clone())
     with pytest.raises(ValueError, match="table"):
-        ops.residual_norm_modulate(x, good, torch.zeros(1, 3, 7), 0, 1, 2, good, good.clone())
+        ops.adaln(x, good, torch.zeros(1, 3, 7), 0, 1, 2, good, good.clone())
     with pytest.raises(ValueError, match="row 3"):
-        ops.residual_norm_modulate(x, good, torch.zeros(1, 3, 8), 0, 1, 3, good, good.clone())
+        ops.adaln(x, good, torch.zeros(1, 3, 8), 0, 1, 3, good, good.clone())
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match="scratch"):
         ops.attention(q, q, q, torch.empty(10, dtype=torch.uint8), torch.zeros(1, 4, 16))
@@ -263,8 +263,8 @@ def synthesised(count: int, iterations: int) -> list[tuple[Tensor, Tensor, Tenso
         features = torch.randn(2, count, 3, frames.bands, generator=generator) * 1.5 - 3
         features[:, :, 2] = torch.rand(2, count, frames.bands, generator=generator) * 2 - 1
         gain = torch.randn(frames.bands, generator=generator) * 0.1
-        exact = frames.synthesise_torch(features.double(), iterations, gain.double())
-        out.append((features, gain, exact, frames.synthesise_torch(features, iterations, gain)))
+        exact = frames.synthesize_torch(features.double(), iterations, gain.double())
+        out.append((features, gain, exact, frames.synthesize_torch(features, iterations, gain)))
     return out
 
 
@@ -277,8 +277,8 @@ def test_synthesis_equals_its_twin(count: int, iterations: int, threads: int) ->
     """
     frames, errors = SpectralFrames(2500.0), []
     for features, gain, exact, plain in synthesised(count, iterations):
-        with limited(threads):
-            got = frames.synthesise(features, iterations, gain)
+        with thread_limit(threads):
+            got = frames.synthesize(features, iterations, gain)
         assert got.shape == (2, 2, 512 * count)
         errors.append((relative(got, exact), relative(plain, exact)))
     ours, torchs = torch.tensor(errors).median(0).values
@@ -311,7 +311,7 @@ def test_synthesis_checks_its_tables() -> None:
 
 def test_threads_belong_to_the_caller() -> None:
     before = torch.get_num_threads()
-    with limited(3):
+    with thread_limit(3):
         assert torch.get_num_threads() == (before if openmp() is None else 3)
     assert torch.get_num_threads() == before
 

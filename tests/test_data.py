@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pitches import PITCH_CLASSES
 
-from presto_rt.data import grooves, recordings, render
-from presto_rt.data.dataset import SAMPLE_RATE, frames_of, items, load_manifest, read_audio
-from presto_rt.data.manifest import Item, Manifest, collect, split_of, write_item
-from presto_rt.data.midi import Note, Score
-from presto_rt.errors import InvalidInput, MissingDependency, OutputError, PrestoError
+from presto_rt.errors import InvalidInputError, MissingDependencyError, OutputError, PrestoError
+from presto_rt.lab.data import grooves, recordings, render
+from presto_rt.lab.data.dataset import SAMPLE_RATE, frames_of, items, load_manifest, read_audio
+from presto_rt.lab.data.manifest import Item, Manifest, collect, split_of, write_item
+from presto_rt.lab.data.midi import Note, Score
+from tests.support.pitches import PITCH_CLASSES
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -38,7 +38,7 @@ HOURS = 0.03
 
 def make(root: Path, workers: int = 1, seed: int = 0) -> Manifest:
     """A build of a few pieces, without recordings."""
-    from presto_rt.data.build import build
+    from presto_rt.lab.data.build import build
 
     return build(root, hours=HOURS, seed=seed, workers=workers, recordings=False, progress=False)
 
@@ -91,7 +91,7 @@ def test_hash_is_that_of_the_seed_not_of_the_workers(small: Path, tmp_path: Path
 def test_build_resumes_after_sigkill(small: Path, tmp_path: Path) -> None:
     """Killed in the middle, then built again: nothing half-written is taken, what was whole is not made again."""
     root = tmp_path / "killed"
-    command = [sys.executable, "-m", "presto_rt.data.cli", "build", "--root", str(root), "--hours", str(HOURS)]
+    command = [sys.executable, "-m", "presto_rt.lab.data.cli", "build", "--root", str(root), "--hours", str(HOURS)]
     command += ["--workers", "1", "--no-recordings"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     limit = time.monotonic() + 300  # an idle machine needs five seconds
@@ -111,8 +111,8 @@ def test_build_resumes_after_sigkill(small: Path, tmp_path: Path) -> None:
 def test_a_piece_that_fails_is_tried_again(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from presto_rt.data import build
-    from presto_rt.data.cli import main
+    from presto_rt.lab.data import build
+    from presto_rt.lab.data.cli import main
 
     def fails(root: Path, seed: int, index: int) -> Item:
         if index == 1:
@@ -134,7 +134,7 @@ def test_a_piece_that_fails_is_tried_again(
 
 @needs_all
 def test_root_of_another_seed_is_refused(small: Path) -> None:
-    with pytest.raises(InvalidInput, match="seed 0"):
+    with pytest.raises(InvalidInputError, match="seed 0"):
         make(small, seed=7)
 
 
@@ -186,7 +186,7 @@ def test_key_label_agrees_with_what_sounds(small: Path) -> None:
 
 @needs_all
 def test_arrangement_is_deterministic_and_starts_at_the_downbeat() -> None:
-    from presto_rt.data.theory import Key
+    from presto_rt.lab.data.theory import Key
 
     key = Key(2, "minor")
     chords = [key.chord(d) for d in (0, 3, 4, 0)]
@@ -198,20 +198,20 @@ def test_arrangement_is_deterministic_and_starts_at_the_downbeat() -> None:
 
 def test_missing_programs_say_which_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PRESTO_RT_SOUNDFONT", str(tmp_path / "none.sf3"))
-    with pytest.raises(MissingDependency, match="apt-get install musescore-general-soundfont-small"):
+    with pytest.raises(MissingDependencyError, match="apt-get install musescore-general-soundfont-small"):
         render.soundfont()
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MissingDependency, match="apt-get install mma"):
+    with pytest.raises(MissingDependencyError, match="apt-get install mma"):
         grooves.check_mma()
-    with pytest.raises(MissingDependency, match="--no-recordings"):
+    with pytest.raises(MissingDependencyError, match="--no-recordings"):
         next(recordings.songs("nexuiz-music", tmp_path))
 
 
 @pytest.mark.parametrize("hours", [float("nan"), float("inf"), -1.0])
 def test_hours_that_are_no_length_are_refused(tmp_path: Path, hours: float) -> None:
-    from presto_rt.data.build import build
+    from presto_rt.lab.data.build import build
 
-    with pytest.raises(InvalidInput, match="hours"):
+    with pytest.raises(InvalidInputError, match="hours"):
         build(tmp_path / "data", hours=hours, recordings=False, progress=False)
     assert not (tmp_path / "data").exists()
 
@@ -219,7 +219,7 @@ def test_hours_that_are_no_length_are_refused(tmp_path: Path, hours: float) -> N
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     for text in ("{", "[]", '{"version": 1}', '{"version": 1, "seed": 0, "items": [3]}'):
         (tmp_path / "manifest.json").write_text(text)
-        with pytest.raises(InvalidInput, match=r"manifest\.json is damaged.*presto-rt data build"):
+        with pytest.raises(InvalidInputError, match=r"manifest\.json is damaged.*presto-rt data build"):
             load_manifest(tmp_path)
 
 
@@ -248,7 +248,7 @@ def test_a_download_that_was_cut_short_is_not_taken_for_whole(tmp_path: Path, mo
 
 
 def test_an_arranger_that_hangs_is_one_piece_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from presto_rt.data.theory import Chord
+    from presto_rt.lab.data.theory import Chord
 
     program(tmp_path, "mma", "exec sleep 60")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -258,7 +258,7 @@ def test_an_arranger_that_hangs_is_one_piece_less(tmp_path: Path, monkeypatch: p
 
 
 def test_command_line_prints_one_line_of_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from presto_rt.data.cli import main
+    from presto_rt.lab.data.cli import main
 
     assert main(["info", "--root", str(tmp_path)]) == 1
     assert "presto-rt data build" in capsys.readouterr().err
@@ -277,9 +277,9 @@ def test_manifest_round_trip_and_hash(tmp_path: Path) -> None:
     other.content = "changed"
     assert back.hash != Manifest(tmp_path, 3, [item, other]).hash
     assert items(back, "train") == items(back, kinds="solo") == [back.items[1]]
-    with pytest.raises(InvalidInput, match="unknown split"):
+    with pytest.raises(InvalidInputError, match="unknown split"):
         items(back, "training")
-    with pytest.raises(InvalidInput, match="presto-rt data build"):
+    with pytest.raises(InvalidInputError, match="presto-rt data build"):
         load_manifest(tmp_path / "nowhere")
 
 
@@ -299,10 +299,10 @@ def test_read_audio_crops_exactly(tmp_path: Path) -> None:
     whole = read_audio(item, root=tmp_path, dtype="int16")
     assert whole.dtype == np.int16
     assert whole.shape == (2, 5000)
-    with pytest.raises(InvalidInput, match="5000 frames"):
+    with pytest.raises(InvalidInputError, match="5000 frames"):
         read_audio(item, 4900, 200, root=tmp_path)
     (tmp_path / item.path).unlink()
-    with pytest.raises(InvalidInput, match="rebuild"):
+    with pytest.raises(InvalidInputError, match="rebuild"):
         read_audio(item, root=tmp_path)
 
 

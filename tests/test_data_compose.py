@@ -6,15 +6,15 @@ import random
 import re
 
 import pytest
-from pitches import PITCH_CLASSES
 
-from presto_rt.data import textures
-from presto_rt.data.captions import captions, tempo_class
-from presto_rt.data.compose import INSTRUMENTS, Piece, audible
-from presto_rt.data.midi import DRUMS, Note, Score, from_bytes, to_bytes
-from presto_rt.data.textures import KITS, Frame
-from presto_rt.data.theory import Key, blues, progression
-from presto_rt.data.tunes import parse
+from presto_rt.lab.data import textures
+from presto_rt.lab.data.captions import captions, tempo_class
+from presto_rt.lab.data.compose import INSTRUMENTS, Piece, audible
+from presto_rt.lab.data.midi import DRUMS, Note, Score, from_bytes, to_bytes
+from presto_rt.lab.data.textures import KITS, Frame
+from presto_rt.lab.data.theory import Key, blues, progression
+from presto_rt.lab.data.tunes import parse
+from tests.support.pitches import PITCH_CLASSES
 
 KEYS = [Key(tonic, mode) for tonic in range(12) for mode in ("major", "minor")]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from presto_rt.distill.losses import distribution_matching_gradient
-from presto_rt.distill.steps import settings
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInputError
+from presto_rt.lab.distill.losses import distribution_matching_gradient
+from presto_rt.lab.distill.steps import settings
 
 WEIGHTS, MEANS, STD = torch.tensor([0.3, 0.7]), torch.tensor([-0.6, 0.4]), 0.1
 
@@ -61,7 +61,7 @@ def test_gradient_points_along_the_kl_gradient() -> None:
 
 def test_methods() -> None:
     assert settings("dmd2", 1.0).p_gen == "ladder:4"
-    with pytest.raises(InvalidInput, match="presto-s"):
+    with pytest.raises(InvalidInputError, match="presto-s"):
         settings("magic", 1.0)
-    with pytest.raises(InvalidInput, match="ladder"):
+    with pytest.raises(InvalidInputError, match="ladder"):
         settings("presto-s", 1.0, p_gen="sometimes")

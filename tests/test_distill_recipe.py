@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from presto_rt.cli import main
-from presto_rt.distill import recipe
-from presto_rt.distill.run import used_minutes
-from presto_rt.errors import InvalidInput
-from presto_rt.training import settings
-from presto_rt.training.common import checkpoint_meta
-from presto_rt.training.synthetic import write_latents
+from presto_rt.cli.main import main
+from presto_rt.errors import InvalidInputError
+from presto_rt.lab.distill import recipe
+from presto_rt.lab.distill.run import used_minutes
+from presto_rt.lab.training import settings
+from presto_rt.lab.training.common import checkpoint_meta
+from presto_rt.lab.training.synthetic import write_latents
 
 SMALL: dict[str, Any] = {"device": "cpu", "tokens": 48, "frames": ((24, 1.0),)}
 
@@ -48,7 +48,7 @@ def test_chain_goes_on_and_skips(data_root: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_unknown_names(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InvalidInput, match="presto-ls"):
+    with pytest.raises(InvalidInputError, match="presto-ls"):
         recipe.train("magic", data_root, tmp_path)
     assert recipe.main(["magic", "--data", str(data_root), "--runs", str(tmp_path)]) == 1
     assert "unknown training" in capsys.readouterr().err
@@ -69,5 +69,5 @@ def test_distill_on_the_command_line(data_root: Path, tmp_path: Path, capsys: py
     assert "--resume" in capsys.readouterr().err
     assert main([*call[:-2], "--set", "speed=3", "--resume"]) == 1
     assert "unknown settings speed" in capsys.readouterr().err
-    with pytest.raises(InvalidInput, match="OPTION=VALUE"):
+    with pytest.raises(InvalidInputError, match="OPTION=VALUE"):
         settings.read(["fast"])

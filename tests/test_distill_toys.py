@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import MIXTURES, Toy, distil, energy_distance, errors, few_step_samples, teacher_samples
 
-from presto_rt.distill.steps import settings
+from presto_rt.lab.distill.steps import settings
+from tests.support.toys import MIXTURES, Toy, distil, energy_distance, errors, few_step_samples, teacher_samples
 
 #: generator updates
 UPDATES = {1: 500, 2: 800}

@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from presto_rt.config import preset
 from presto_rt.diffusion.precond import precondition
 from presto_rt.diffusion.schedule import LayerSchedule
-from presto_rt.distill import layers, steps
-from presto_rt.distill.fake_score import FakeScore
-from presto_rt.distill.run import distil_both, distil_layers, distil_steps, saved_schedules, used_minutes
-from presto_rt.distill.trainer import Distiller
-from presto_rt.errors import InvalidInput, WeightsError
+from presto_rt.errors import InvalidInputError, WeightsError
+from presto_rt.lab.distill import layers, steps
+from presto_rt.lab.distill.fake_score import FakeScore
+from presto_rt.lab.distill.run import distil_both, distil_layers, distil_steps, saved_schedules, used_minutes
+from presto_rt.lab.distill.trainer import Distiller
+from presto_rt.lab.training.common import load_checkpoint
+from presto_rt.lab.training.networks import load_network
+from presto_rt.lab.training.synthetic import write_latents
+from presto_rt.models.config import preset
 from presto_rt.models.dit import DiT
-from presto_rt.training.common import load_checkpoint
-from presto_rt.training.networks import load_network
-from presto_rt.training.synthetic import write_latents
 
 SMALL: dict[str, Any] = {"tokens": 96, "frames": ((24, 1.0),)}
 
@@ -112,7 +112,7 @@ def test_resumed_run_equals_the_uninterrupted(kind: str, data_root: Path, tmp_pa
         first.train_step(0.5)
     first.save(12.0)
     second = make(data_root, tmp_path / "b", teacher)
-    with pytest.raises(InvalidInput, match="--resume"):
+    with pytest.raises(InvalidInputError, match="--resume"):
         second.start(resume=False)
     second.start(resume=True)
     assert (second.step, second.used_seconds) == (2, 12.0)
@@ -121,7 +121,7 @@ def test_resumed_run_equals_the_uninterrupted(kind: str, data_root: Path, tmp_pa
     assert torch.equal(parameters(straight), parameters(second))
     assert all(torch.equal(v, second.ema.shadow[k]) for k, v in straight.ema.shadow.items())
     other = make(data_root, tmp_path / "b", teacher, seed=1)
-    with pytest.raises(InvalidInput, match="seed"):
+    with pytest.raises(InvalidInputError, match="seed"):
         other.start(resume=True)
 
 
@@ -129,7 +129,7 @@ def test_kill_and_resume(data_root: Path, tmp_path: Path, teacher: DiT) -> None:
     layer_trainer(data_root, tmp_path / "teacher", teacher).save(0.0)
     run, options = tmp_path / "run", {**SMALL, "fake_updates": 1, "checkpoint_minutes": 0.01}
     call = f"({str(data_root)!r}, {str(run)!r}, 30, {str(tmp_path / 'teacher')!r}, device='cpu', **{options!r})"
-    code = f"from presto_rt.distill.run import distil_steps; distil_steps{call}"
+    code = f"from presto_rt.lab.distill.run import distil_steps; distil_steps{call}"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     checkpoint = run / "checkpoint.safetensors"
     deadline = time.time() + 180
@@ -212,7 +212,7 @@ def test_a_generator_loses_layers(data_root: Path, tmp_path: Path, teacher: DiT)
     assert moved(teacher, trainer.teacher) == 0
     defaults = trainer.describe()["defaults"]
     assert defaults == {"steps": 4, "sampler": "few_step", "guidance": 1.0, "layers": "70%"}
-    with pytest.raises(InvalidInput, match="self_teacher=false"):
+    with pytest.raises(InvalidInputError, match="self_teacher=false"):
         layers.settings("presto-l", 1.0, generator=True)
 
 
@@ -284,7 +284,7 @@ def test_both(data_root: Path, tmp_path: Path, teacher: DiT) -> None:
 
 
 def test_teachers_are_read_from_anywhere(data_root: Path, tmp_path: Path, teacher: DiT) -> None:
-    from models import write_tiny_model
+    from tests.support.models import write_tiny_model
 
     trainer = layer_trainer(data_root, tmp_path / "run", teacher, "ase")  # which leaves the budget embedding alone
     trainer.save(0.0)
@@ -296,11 +296,11 @@ def test_teachers_are_read_from_anywhere(data_root: Path, tmp_path: Path, teache
 
 
 def test_bad_settings(data_root: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="presto-l"):
+    with pytest.raises(InvalidInputError, match="presto-l"):
         layers.settings("magic", 1.0)
-    with pytest.raises(InvalidInput, match="budgets"):
+    with pytest.raises(InvalidInputError, match="budgets"):
         layers.settings("presto-l", 1.0, budgets=(0.1,))
-    with pytest.raises(InvalidInput, match="learning_rate"):
+    with pytest.raises(InvalidInputError, match="learning_rate"):
         distil_layers(data_root, tmp_path, 1.0, "nano", speed=3)
-    with pytest.raises(InvalidInput, match="normalise"):
-        steps.settings("presto-s", 1.0, normalise="never")
+    with pytest.raises(InvalidInputError, match="normalize"):
+        steps.settings("presto-s", 1.0, normalize="never")

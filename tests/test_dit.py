@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from presto_rt.config import PRESETS, ModelConfig, preset
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInputError
+from presto_rt.models.config import PRESETS, ModelConfig, preset
 from presto_rt.models.dit import Condition, DiT, beat_features, drop_text, rotary_table, rotate
 
 
@@ -127,9 +127,9 @@ def test_presets() -> None:
     assert (PRESETS["medium"].blocks, PRESETS["medium"].width) == (24, 1536)
     for c in PRESETS.values():
         assert ModelConfig.from_dict(c.to_dict()) == c
-    with pytest.raises(InvalidInput, match="nano"):
+    with pytest.raises(InvalidInputError, match="nano"):
         preset("huge")
-    with pytest.raises(InvalidInput, match="wide"):
+    with pytest.raises(InvalidInputError, match="wide"):
         ModelConfig.from_dict({"wide": 3})
-    with pytest.raises(InvalidInput, match="multiple"):
+    with pytest.raises(InvalidInputError, match="multiple"):
         ModelConfig(width=100)

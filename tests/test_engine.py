@@ -7,23 +7,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_testing import CONFIGS, SCHEDULES, conditions, double, plainly, random_dit, relative
 from torch import Tensor
 
 from presto_rt import native
-from presto_rt.config import ModelConfig, preset
 from presto_rt.diffusion.guidance import Guidance
 from presto_rt.diffusion.samplers import SAMPLERS
-from presto_rt.diffusion.schedule import LayerSchedule, karras_levels, parse_layers
-from presto_rt.engine import Engine
-from presto_rt.engine.arena import Arena, Buffer, aliased, describe, place
-from presto_rt.engine.cpu import CpuOps
-from presto_rt.engine.forward import buffers
-from presto_rt.engine.plan import Cost, block_cost, plan_cost
-from presto_rt.engine.reference import ReferenceOps
-from presto_rt.engine.trajectory import write_out
-from presto_rt.errors import InvalidInput
+from presto_rt.diffusion.schedule import LayerSchedule, karras_sigmas, parse_layers
+from presto_rt.diffusion.trajectory import compile_trajectory
+from presto_rt.errors import InvalidInputError
+from presto_rt.models.config import ModelConfig, preset
 from presto_rt.models.dit import Condition
+from presto_rt.runtime.cpu.ops import CpuOps
+from presto_rt.runtime.dit import buffers
+from presto_rt.runtime.eager.ops import ReferenceOps
+from presto_rt.runtime.engine import Engine
+from presto_rt.runtime.memory import Arena, Buffer, aliased, describe, place
+from presto_rt.runtime.plan import Cost, block_cost, plan_cost
+from tests.support.networks import CONFIGS, SCHEDULES, conditions, double, plainly, random_dit, relative
 
 needs_native = pytest.mark.skipif(native.lib is None, reason=f"no C++ operators: {native.why}")
 TABLES = ["reference", pytest.param("cpu", marks=needs_native)]
@@ -44,8 +44,8 @@ def test_forward_equals_the_model(name: str, schedule: int, config: ModelConfig,
     c, u = conditions(model, batch, frames)
     engine = Engine(model, table(name), threads=1)
     for guidance in (Guidance(), Guidance(2.0, (0.1, 3.0)), Guidance(3.0)):
-        levels = karras_levels(3)
-        runs = write_out("euler", levels, guidance, layers, config.network, config.sigma_data)
+        levels = karras_sigmas(3)
+        runs = compile_trajectory("euler", levels, guidance, layers, config.network, config.sigma_data)
         got = engine.run(engine.plan(runs, c, u, frames), seeds)
         want = plainly(model.double(), "euler", levels, guidance, layers, double(c), double(u), frames, seeds)
         plain = plainly(model.float(), "euler", levels, guidance, layers, c, u, frames, seeds)
@@ -57,8 +57,8 @@ def test_forward_equals_the_model(name: str, schedule: int, config: ModelConfig,
 def test_bf16_is_as_close_as_torch(name: str) -> None:
     model, frames = random_dit(preset("tiny")), 33
     c, u = conditions(model, 1, frames)
-    levels, layers, guidance = karras_levels(4), LayerSchedule.full(3), Guidance(2.0)
-    runs = write_out("dpmpp_2m", levels, guidance, layers, "edm", 0.5)
+    levels, layers, guidance = karras_sigmas(4), LayerSchedule.full(3), Guidance(2.0)
+    runs = compile_trajectory("dpmpp_2m", levels, guidance, layers, "edm", 0.5)
     engine = Engine(model, table(name, torch.bfloat16), threads=1)
     got = engine.run(engine.plan(runs, c, u, frames), [5])
     want = plainly(model, "dpmpp_2m", levels, guidance, layers, c, u, frames, [5])
@@ -80,7 +80,7 @@ def test_written_out_samplers_are_the_samplers(sampler: str, network: str) -> No
     for guidance in choices:
         for levels in ([80.0, 0.0], [20.0, 3.0, 0.7, 0.1, 0.0], [5.0, 1.0, 0.3]):
             layers = LayerSchedule.full(1)
-            runs = write_out(sampler, levels, guidance, layers, network, 0.5)
+            runs = compile_trajectory(sampler, levels, guidance, layers, network, 0.5)
             got = engine.run(engine.plan(runs, c, u, 11), [3])
             want = plainly(model.double(), sampler, levels, guidance, layers, double(c), double(u), 11, [3])
             plain = plainly(model.float(), sampler, levels, guidance, layers, c, u, 11, [3])
@@ -97,7 +97,7 @@ def test_result_depends_on_its_inputs_and_not_on_what_was_in_memory(name: str) -
     layers = LayerSchedule.full(3)
 
     def run(c: Condition, guidance: float = 2.0, seed: int = 1) -> Tensor:
-        runs = write_out("few_step", [20.0, 2.0, 0.0], Guidance(guidance), layers, "edm", 0.5)
+        runs = compile_trajectory("few_step", [20.0, 2.0, 0.0], Guidance(guidance), layers, "edm", 0.5)
         return engine.run(engine.plan(runs, c, u, 12), [seed])
 
     first = run(c)
@@ -115,11 +115,11 @@ def test_text_beyond_a_mask_is_not_seen_and_holes_are_refused() -> None:
     model = random_dit(preset("tiny"))
     c, u = conditions(model, 2, 8)
     engine = Engine(model, ReferenceOps(), threads=1)
-    runs = write_out("euler", [2.0, 0.0], Guidance(2.0), LayerSchedule.full(3), "edm", 0.5)
+    runs = compile_trajectory("euler", [2.0, 0.0], Guidance(2.0), LayerSchedule.full(3), "edm", 0.5)
     changed = replace(c, text=torch.where(c.text_mask[..., None], c.text, c.text + 9))
     first, second = (engine.run(engine.plan(runs, given, u, 8), [1, 2]) for given in (c, changed))
     assert torch.equal(first, second)
-    with pytest.raises(InvalidInput, match="first"):
+    with pytest.raises(InvalidInputError, match="first"):
         engine.plan(runs, replace(c, text_mask=c.text_mask.flip(1)), u, 8)
 
 
@@ -127,7 +127,7 @@ def test_text_beyond_a_mask_is_not_seen_and_holes_are_refused() -> None:
 def test_many_threads_on_one_engine_get_what_they_would_get_alone() -> None:
     model = random_dit(preset("tiny"))
     engine = Engine(model, CpuOps(threads=2), threads=2)
-    runs = write_out("euler", [20.0, 2.0, 0.0], Guidance(2.0), LayerSchedule.full(3), "edm", 0.5)
+    runs = compile_trajectory("euler", [20.0, 2.0, 0.0], Guidance(2.0), LayerSchedule.full(3), "edm", 0.5)
     sizes = enumerate([9, 16, 9, 31] * 2)
     requests = [(engine.plan(runs, *conditions(model, 1, frames), frames), seed) for seed, frames in sizes]
     alone = [engine.run(plan, [seed]) for plan, seed in requests]
@@ -148,7 +148,7 @@ def test_callback_comes_after_each_step_and_may_stop_the_run() -> None:
     model = random_dit(preset("tiny"))
     c, u = conditions(model, 1, 8)
     engine = Engine(model, ReferenceOps(), threads=1)
-    runs = write_out("heun", [20.0, 2.0, 0.5, 0.0], Guidance(), LayerSchedule.full(3), "edm", 0.5)
+    runs = compile_trajectory("heun", [20.0, 2.0, 0.5, 0.0], Guidance(), LayerSchedule.full(3), "edm", 0.5)
     plan, seen = engine.plan(runs, c, u, 8), []
     engine.run(plan, [1], lambda i, n: seen.append((i, n)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
@@ -180,7 +180,7 @@ def test_a_plan_costs_its_blocks_and_its_guidance() -> None:
     engine = Engine(model, ReferenceOps(), threads=1)
 
     def cost(guidance: float, layers: int) -> Cost:
-        runs = write_out("euler", [2.0, 1.0, 0.0], Guidance(guidance), parse_layers(layers, 3), "edm", 0.5)
+        runs = compile_trajectory("euler", [2.0, 1.0, 0.0], Guidance(guidance), parse_layers(layers, 3), "edm", 0.5)
         return plan_cost(engine.plan(runs, c, u, 8), 4)
 
     ends = 2 * 2 * 2 * 8 * 64 * 64
@@ -194,7 +194,7 @@ def test_no_two_live_buffers_share_memory(name: str, config: ModelConfig) -> Non
     model = random_dit(config)
     c, u = conditions(model, 1, 21)
     engine = Engine(model, table(name), threads=1)
-    runs = write_out("euler", [2.0, 0.0], Guidance(2.0), LayerSchedule.full(config.blocks), "edm", 0.5)
+    runs = compile_trajectory("euler", [2.0, 0.0], Guidance(2.0), LayerSchedule.full(config.blocks), "edm", 0.5)
     listed = buffers(engine.plan(runs, c, u, 21), engine.ops)
     offsets = place(listed)
     assert aliased(listed, offsets) == []

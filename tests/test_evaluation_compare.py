@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from models import CODEC, write_tiny_model
 
-from presto_rt import weights
-from presto_rt.config import preset
-from presto_rt.data.manifest import Item, Manifest
+from presto_rt.checkpoints import folder as weights
 from presto_rt.diffusion.schedule import LayerSchedule, keep_last
-from presto_rt.distill import recipe
-from presto_rt.errors import InvalidInput
-from presto_rt.evaluation import compare as comparing
-from presto_rt.evaluation.compare import Row, compare, markdown, parse_row, plan_facts, plot
-from presto_rt.evaluation.variance import curves, hidden_variance
+from presto_rt.errors import InvalidInputError
+from presto_rt.lab.data.manifest import Item, Manifest
+from presto_rt.lab.distill import recipe
+from presto_rt.lab.evaluation import compare as comparing
+from presto_rt.lab.evaluation.compare import Row, compare, markdown, parse_row, plan_facts, plot
+from presto_rt.lab.evaluation.variance import curves, hidden_variance
+from presto_rt.lab.training.conditions import LatentSet
+from presto_rt.lab.training.synthetic import write_latents
+from presto_rt.models.config import preset
 from presto_rt.models.dit import DiT
 from presto_rt.pipeline import load
-from presto_rt.training.conditions import LatentSet
-from presto_rt.training.synthetic import write_latents
+from tests.support.models import CODEC, write_tiny_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,7 +63,7 @@ def test_rows_as_text() -> None:
                       {"steps": 4, "guidance": 1.0, "layers": "70%", "sampler": "few_step"})  # fmt: skip
     assert parse_row("real=real") == Row("real", "real")
     for bad in ("", "a", "=b", "a=", "a=b,steps", "a=b,speed=3", "a=b,steps=x"):
-        with pytest.raises(InvalidInput, match="row"):
+        with pytest.raises(InvalidInputError, match="row"):
             parse_row(bad)
 
 
@@ -120,7 +120,7 @@ def test_all_rows_are_timed_in_one_run(bench: ModuleType, tmp_path: Path) -> Non
 
 
 def test_every_row_of_every_table_is_a_documented_command(bench: ModuleType) -> None:
-    from presto_rt.distill.recipe import TRAININGS
+    from presto_rt.lab.distill.recipe import TRAININGS
 
     text = (ROOT / "docs" / "distillation.md").read_text()
     assert bench.commands() in text
@@ -203,13 +203,13 @@ def test_rows_collect_in_one_file(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(table)
     assert comparing.read(tmp_path / "out" / "comparison.json") == table
     assert markdown(table).count("\n") == 3
-    with pytest.raises(InvalidInput, match="other settings"):
+    with pytest.raises(InvalidInputError, match="other settings"):
         compare([row], tmp_path, tmp_path / "out", **{**call, "seconds": 1.0})
 
 
 def test_codec_is_taken_from_a_model(tmp_path: Path) -> None:
     """A run's network and another model's codec make a model; a network alone can be packed again."""
-    from presto_rt.training.pack import pack, pack_network
+    from presto_rt.lab.training.pack import pack, pack_network
 
     folder = write_tiny_model(tmp_path / "tiny")
     pack_network(tmp_path / "network", folder)

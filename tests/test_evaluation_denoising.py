@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy.signal import lfilter
 
-from presto_rt.errors import InvalidInput
-from presto_rt.evaluation import denoising
+from presto_rt.errors import InvalidInputError
+from presto_rt.lab.evaluation import denoising
 
 
 def ar1(rho: float, frames: int, channels: int, seed: int = 0) -> np.ndarray:
@@ -99,14 +99,14 @@ def test_a_model_is_measured_on_the_same_noise():
 
 def test_bad_input_is_refused(tmp_path):
     x = ar1(0.5, 300, 2)
-    with pytest.raises(InvalidInput, match="too few"):
+    with pytest.raises(InvalidInputError, match="too few"):
         denoising.LinearDenoiser.fit([x[:60]])
     linear = denoising.LinearDenoiser.fit([x])
-    with pytest.raises(InvalidInput, match="needs crops"):
+    with pytest.raises(InvalidInputError, match="needs crops"):
         linear(torch.zeros(1, 16, 2), 1.0)
-    with pytest.raises(InvalidInput, match="no recording"):
+    with pytest.raises(InvalidInputError, match="no recording"):
         denoising.crops([x], 1000, 1)
-    with pytest.raises(InvalidInput, match="no latents"):
+    with pytest.raises(InvalidInputError, match="no latents"):
         denoising.load_pieces(tmp_path, "test")
 
 
@@ -126,10 +126,9 @@ def test_pieces_are_cut_out_of_a_split(tmp_path):
 
 
 def test_a_pipeline_is_measured_on_a_data_sets_latents(tmp_path):
-    from models import write_tiny_model
-
-    from presto_rt.data.manifest import Item, Manifest
+    from presto_rt.lab.data.manifest import Item, Manifest
     from presto_rt.pipeline import load
+    from tests.support.models import write_tiny_model
 
     items = []
     (tmp_path / "latents").mkdir()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from presto_rt.errors import InvalidInput
-from presto_rt.evaluation import distances
-from presto_rt.evaluation.statistics import bootstrap, half_samples, mean
+from presto_rt.errors import InvalidInputError
+from presto_rt.lab.evaluation import distances
+from presto_rt.lab.evaluation.statistics import bootstrap, half_samples, mean
 
 
 def test_frechet_equals_the_textbook_formula():
@@ -39,7 +39,7 @@ def test_fad_of_scaled_gaussians_matches_the_analytic_value():
 
 def test_fad_needs_more_windows_than_dimensions():
     x = np.zeros((10, 12))
-    with pytest.raises(InvalidInput, match="more than 12"):
+    with pytest.raises(InvalidInputError, match="more than 12"):
         distances.fad(x, x, dims=None)
 
 
@@ -118,7 +118,7 @@ def test_levels_of_known_signals():
     assert measured["high_band_db"] == pytest.approx(-3.01, abs=0.01)
     assert measured["high_side_mid_db"] > 60
     assert np.isfinite(distances.levels(np.zeros((2, 1000)))).all()
-    with pytest.raises(InvalidInput, match="stereo"):
+    with pytest.raises(InvalidInputError, match="stereo"):
         distances.levels(np.zeros(1000))
 
 

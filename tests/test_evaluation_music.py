@@ -7,7 +7,7 @@ import importlib.util
 import numpy as np
 import pytest
 
-from presto_rt.evaluation import adherence, rhythm, tonality
+from presto_rt.lab.evaluation import adherence, rhythm, tonality
 
 RATE = 44100
 
@@ -70,7 +70,7 @@ def test_tempo_agreement_is_4_percent_and_named_octaves_only():
 
 @pytest.fixture(scope="module")
 def tracker():
-    from presto_rt.evaluation.notes import NoteTracker
+    from presto_rt.lab.evaluation.notes import NoteTracker
 
     return NoteTracker()
 

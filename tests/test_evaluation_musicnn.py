@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from presto_rt.errors import InvalidInput, WeightsError
-from presto_rt.evaluation import musicnn, tf_checkpoint
+from presto_rt.errors import InvalidInputError, WeightsError
+from presto_rt.lab.evaluation import musicnn, tf_checkpoint
 
 needs_weights = pytest.mark.skipif(
     __import__("importlib.util").util.find_spec("musicnn") is None, reason="the musicnn package is not installed"
@@ -130,7 +130,7 @@ def test_windows_cut_and_repeat():
     short = musicnn.windows(frames[:100])
     assert short.shape == (1, 187, 96)
     assert short[0, [99, 100, 186], 0].tolist() == [99, 0, 86]
-    with pytest.raises(InvalidInput, match="mono signal"):
+    with pytest.raises(InvalidInputError, match="mono signal"):
         musicnn.logmel(np.zeros(100, np.float32))
 
 
@@ -219,8 +219,8 @@ def test_a_plucked_string_is_tagged_guitar(tagger):
 
 @needs_weights
 def test_unknown_tagger_and_empty_input_are_refused(tagger):
-    with pytest.raises(InvalidInput, match="no such tagger"):
+    with pytest.raises(InvalidInputError, match="no such tagger"):
         musicnn.Tagger("MTT_vgg")
-    with pytest.raises(InvalidInput, match="no clips"):
+    with pytest.raises(InvalidInputError, match="no clips"):
         tagger.hear([])
     assert len(set(musicnn.Tagger("MSD_musicnn").tags)) == len(set(tagger.tags)) == 50

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from models import write_tiny_model
 
-from presto_rt.data.manifest import Item, Manifest
-from presto_rt.errors import InvalidInput, MissingDependency
-from presto_rt.evaluation import report, run
-from presto_rt.evaluation.tonality import NAMES
+from presto_rt.errors import InvalidInputError, MissingDependencyError
+from presto_rt.lab.data.manifest import Item, Manifest
+from presto_rt.lab.evaluation import report, run
+from presto_rt.lab.evaluation.tonality import NAMES
+from tests.support.models import write_tiny_model
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("musicnn", "basic_pitch", "onnxruntime", "prdc")),
@@ -115,15 +115,15 @@ def test_missing_judges_are_named_before_any_work(monkeypatch: pytest.MonkeyPatc
     find = importlib.util.find_spec
     gone = ("prdc", "basic_pitch")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else find(name))
-    with pytest.raises(MissingDependency, match="basic_pitch, prdc: pip install"):
+    with pytest.raises(MissingDependencyError, match="basic_pitch, prdc: pip install"):
         run.evaluate_model(None, tmp_path, 5, 2.0, tmp_path / "out")
 
 
 def test_sets_need_a_caption_per_clip() -> None:
     clip, meta = piece(0)
-    with pytest.raises(InvalidInput, match="2 clips for 1 captions"):
+    with pytest.raises(InvalidInputError, match="2 clips for 1 captions"):
         report.evaluate({"a": [clip, clip]}, [meta], [clip])
-    with pytest.raises(InvalidInput, match="0 clips"):
+    with pytest.raises(InvalidInputError, match="0 clips"):
         report.evaluate({"a": []}, [meta], [clip])
 
 
@@ -159,7 +159,7 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_choice_is_fixed_covers_all_and_prefers_what_can_be_checked(data_set: Path) -> None:
-    from presto_rt.data.dataset import items, load_manifest
+    from presto_rt.lab.data.dataset import items, load_manifest
 
     held_out = items(load_manifest(data_set), "test", run.RENDERED)
     records = run.choose(held_out, 8, 2.0)
@@ -169,7 +169,7 @@ def test_choice_is_fixed_covers_all_and_prefers_what_can_be_checked(data_set: Pa
     assert records[5]["start_frame"] != records[0]["start_frame"]
     assert all(f"in {r['key']}" in r["prompt"] and str(r["bpm"]) in r["prompt"] for r in records)
     assert run.choose(held_out, 5, 2.0, seed=1) != records[:5]
-    with pytest.raises(InvalidInput, match="at least 3 s"):
+    with pytest.raises(InvalidInputError, match="at least 3 s"):
         run.choose(held_out, 5, 3.0)
 
 

@@ -11,10 +11,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from models import write_tiny_model
 
-from presto_rt.engine import describe
+from presto_rt.cli import describe
 from presto_rt.pipeline import load
+from tests.support.models import write_tiny_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

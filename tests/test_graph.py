@@ -16,24 +16,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_testing import random_dit
-from models import CODEC
 from torch import Tensor
 
-from presto_rt.config import HOP, preset
+from presto_rt.conditioning.minilm import TextEncoder
 from presto_rt.diffusion.guidance import Guidance
-from presto_rt.diffusion.schedule import karras_levels, parse_layers
-from presto_rt.engine.cuda import CudaOps
-from presto_rt.engine.graph import GraphEngine, Limits, poison
-from presto_rt.engine.precision import Fp8
-from presto_rt.engine.recording import Rerun, is_out_of_memory
-from presto_rt.engine.request import Request, Result, bucket, shape_of
-from presto_rt.engine.trajectory import write_out
-from presto_rt.errors import EngineOutOfMemory, InvalidInput
+from presto_rt.diffusion.schedule import karras_sigmas, parse_layers
+from presto_rt.diffusion.trajectory import compile_trajectory
+from presto_rt.errors import InvalidInputError, OutOfMemoryError
 from presto_rt.models.codec import Codec
+from presto_rt.models.config import HOP, preset
 from presto_rt.models.dit import beat_features
-from presto_rt.models.untrained import UntrainedText
-from presto_rt.text import TextEncoder
+from presto_rt.models.random_weights import UntrainedText
+from presto_rt.runtime.cuda.buffers import Request, Result, bucket, shape_of
+from presto_rt.runtime.cuda.fp8 import Fp8
+from presto_rt.runtime.cuda.graph import GraphEngine, Limits, poison
+from presto_rt.runtime.cuda.ops import CudaOps
+from presto_rt.runtime.cuda.replay import Rerun, is_out_of_memory
+from tests.support.models import CODEC
+from tests.support.networks import random_dit
 
 
 @cache
@@ -66,8 +66,8 @@ def asked(prompts: str | list[str] = "calm piano", frames: int = 21, *, seeds: l
           levels: list[float] | None = None, cut: int = 300, bpm: float | None = None,
           **options: Any) -> Request:  # fmt: skip
     texts = [prompts] if isinstance(prompts, str) else prompts
-    schedule = parse_layers(layers, 3, levels=levels or karras_levels(steps))
-    runs = write_out(sampler, levels or karras_levels(steps), Guidance(guidance), schedule, "edm", 0.5)
+    schedule = parse_layers(layers, 3, levels=levels or karras_sigmas(steps))
+    runs = compile_trajectory(sampler, levels or karras_sigmas(steps), Guidance(guidance), schedule, "edm", 0.5)
     encoder = text_encoder()
     beat = beat_features(frames, HOP / 44_100, bpm).expand(len(texts), -1, -1)
     away = None if negative is None else encoder.tokens([negative] * len(texts))
@@ -98,7 +98,7 @@ def test_a_padded_bucket_is_the_clip_alone(
 ) -> None:
     request = asked(["piano", "drums and a very long bass line"], frames, guidance=guidance, bpm=90.0)
     padded = engine.run(request)
-    monkeypatch.setattr("presto_rt.engine.request.bucket", lambda n: n)
+    monkeypatch.setattr("presto_rt.runtime.cuda.buffers.bucket", lambda n: n)
     alone = engine.run(request)
     assert padded.samples.shape == (2, 2, frames * HOP - 300)
     assert padded.latents.shape == (2, frames, 64)
@@ -108,7 +108,7 @@ def test_a_padded_bucket_is_the_clip_alone(
 
 
 def test_levels_hold_and_integers_are_those_of_the_samples(engine: GraphEngine) -> None:
-    from presto_rt.pcm import to_pcm
+    from presto_rt.audio.pcm import to_pcm
 
     request = asked(["piano", "drums"], seeds=[7, 2**64 - 1])
     floats = engine.run(request)
@@ -207,14 +207,14 @@ def test_editing(engine: GraphEngine) -> None:
     ],
 )  # fmt: skip
 def test_bad_requests(engine: GraphEngine, change: dict[str, Any], words: str) -> None:
-    with pytest.raises(InvalidInput, match=words):
+    with pytest.raises(InvalidInputError, match=words):
         engine.run(dataclasses.replace(asked(), **change))
 
 
 def test_what_diverges_is_said(parts: Any) -> None:
     broken = copy.deepcopy(parts[0])
     broken.output.bias.fill_(torch.inf)
-    with pytest.raises(InvalidInput, match="diverged"):
+    with pytest.raises(InvalidInputError, match="diverged"):
         engine_of((broken, *parts[1:])).run(asked())
 
 
@@ -323,12 +323,12 @@ def test_out_of_memory_twice_is_a_clear_error_and_the_engine_goes_on(parts: Any)
     want = engine.run(asked())
     calls.clear()
     failing |= {0, 1}
-    with pytest.raises(EngineOutOfMemory, match=r"shorter clip.*2 GiB"):
+    with pytest.raises(OutOfMemoryError, match=r"shorter clip.*2 GiB"):
         engine.run(asked())
     assert engine.entries() == []
     assert same(engine.run(asked()), want)
     silent = engine_of(parts, recorder=lambda: lambda: Flaky([], {0}, MemoryError()))
-    with pytest.raises(EngineOutOfMemory, match="MemoryError"):
+    with pytest.raises(OutOfMemoryError, match="MemoryError"):
         silent.run(asked())
     assert not is_out_of_memory(ValueError("x"))
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
@@ -377,7 +377,7 @@ def test_fp8_is_close_and_thresholds_choose(parts: Any) -> None:
 
 
 def test_a_tensor_as_a_seed_makes_the_same_noise() -> None:
-    from presto_rt import noise
+    from presto_rt.diffusion import noise
 
     for seed in (0, 7, 2**63 + 5, 2**64 - 1):
         bits = torch.from_numpy(np.array([seed], dtype=np.uint64).view(np.int64))[0]

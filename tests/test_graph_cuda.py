@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_testing import random_dit
 from presto_rt.kernels import runtime
-from test_graph import CHANGES, asked, same
+from tests.test_graph import CHANGES, asked, same
 
-from presto_rt.config import preset
-from presto_rt.engine.cuda import CudaOps
-from presto_rt.engine.graph import GraphEngine, Limits, poison
-from presto_rt.engine.precision import Fp8
-from presto_rt.engine.request import Result
-from presto_rt.errors import EngineOutOfMemory
-from presto_rt.models.untrained import UntrainedText, untrained_codec
+from presto_rt.errors import OutOfMemoryError
+from presto_rt.models.config import preset
+from presto_rt.models.random_weights import UntrainedText, untrained_codec
+from presto_rt.runtime.cuda.buffers import Result
+from presto_rt.runtime.cuda.fp8 import Fp8
+from presto_rt.runtime.cuda.graph import GraphEngine, Limits, poison
+from presto_rt.runtime.cuda.ops import CudaOps
+from tests.support.networks import random_dit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,7 +67,7 @@ def test_a_replay_depends_on_each_input_and_on_nothing_else(engine: GraphEngine)
 
 def test_a_padded_bucket_is_the_clip_alone(engine: GraphEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     padded = engine.run(asked(frames=40))
-    monkeypatch.setattr("presto_rt.engine.request.bucket", lambda n: n)
+    monkeypatch.setattr("presto_rt.runtime.cuda.buffers.bucket", lambda n: n)
     alone = engine.run(asked(frames=40))
     torch.testing.assert_close(padded.latents, alone.latents, rtol=1e-3, atol=1e-3)
 
@@ -104,7 +104,7 @@ def test_out_of_memory_is_said_and_survived() -> None:
     # Of what this process's allocator holds: what other processes have does not count here.
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**28) / total)
     try:
-        with pytest.raises(EngineOutOfMemory, match="shorter"):
+        with pytest.raises(OutOfMemoryError, match="shorter"):
             engine.run(asked(["piano"] * 64, frames=2500))
         again = engine.run(asked())
     finally:
@@ -126,7 +126,7 @@ def test_half_precision_and_fp8(engine: GraphEngine) -> None:
 
 
 def test_integers_are_those_of_the_samples(engine: GraphEngine) -> None:
-    from presto_rt.pcm import to_pcm
+    from presto_rt.audio.pcm import to_pcm
 
     floats = engine.run(asked(seeds=[7]))
     integers = engine.run(dataclasses.replace(asked(seeds=[7]), output="pcm16"))

@@ -27,7 +27,7 @@ MAX_LINES = 450
 LAYERS = [
     ("kernels",),
     ("presto_rt.models", "presto_rt.diffusion", "presto_rt.text", "presto_rt.audio"),
-    ("presto_rt.engine",),
+    ("presto_rt.runtime.engine",),
     ("presto_rt.pipeline",),
     ("presto_rt.cli",),
 ]
@@ -104,7 +104,7 @@ def test_the_tree_is_where_these_tests_look() -> None:
     names = {module_name(path) for path in MODULES}
     assert {
         "presto_rt",
-        "presto_rt.noise",
+        "presto_rt.diffusion.noise",
         "presto_rt.audio",
         "presto_rt.cli",
         "presto_rt.models.dit",

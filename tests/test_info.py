@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from presto_rt import info as info_module
 from presto_rt import native
-from presto_rt.info import info, info_text
+from presto_rt.cli import info as info_module
+from presto_rt.cli.info import info, info_text
 
 
 def test_it_goes_through_json_unchanged() -> None:
@@ -70,7 +70,7 @@ def test_the_text_has_one_line_for_each_fact() -> None:
 
 
 def test_without_the_module_it_says_why() -> None:
-    code = "from presto_rt.info import info_text; print(info_text())"
+    code = "from presto_rt.cli.info import info_text; print(info_text())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PRESTO_RT_NO_NATIVE": "1"},

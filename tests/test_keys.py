@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from presto_rt.errors import InvalidInput
-from presto_rt.keys import KEY_CHANNELS, SCALES, check_key, key_features, parse_key, pitch_class
+from presto_rt.conditioning.keys import KEY_CHANNELS, SCALES, check_key, key_features, parse_key, pitch_class
+from presto_rt.errors import InvalidInputError
 
 
 def test_pitch_classes() -> None:
     assert [pitch_class(n) for n in ("C", "F#", "Gb", "Bb", "B", "Cb", "b")] == [0, 6, 6, 10, 11, 11, 11]
     for bad in ("", "H", "C$", "sharp"):
-        with pytest.raises(InvalidInput, match="not a note"):
+        with pytest.raises(InvalidInputError, match="not a note"):
             pitch_class(bad)
 
 
@@ -44,7 +44,7 @@ def test_the_key_a_prompt_names(prompt: str, key: tuple[int, str] | None) -> Non
 
 
 def test_every_spelling_of_the_captions_is_read() -> None:
-    from presto_rt.data.theory import Key
+    from presto_rt.lab.data.theory import Key
 
     for tonic in range(12):
         for mode in SCALES:
@@ -55,7 +55,7 @@ def test_checked_keys() -> None:
     assert check_key(" d minor ") == (2, "minor")
     assert check_key("a minor") == (9, "minor")
     for bad in ("H minor", "D", 3, "", "D minor-ish thing, perhaps"):
-        with pytest.raises(InvalidInput, match="key must be"):
+        with pytest.raises(InvalidInputError, match="key must be"):
             check_key(bad)
 
 

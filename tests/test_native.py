@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import write_tiny_model
 
 from presto_rt import native
+from tests.support.models import write_tiny_model
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

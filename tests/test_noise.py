@@ -9,8 +9,9 @@ import pytest
 import torch
 from scipy import stats
 
-from presto_rt import native, noise
-from presto_rt.errors import InvalidInput
+from presto_rt import native
+from presto_rt.diffusion import noise
+from presto_rt.errors import InvalidInputError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SEEDS = [0, 1, 7, 2**32 - 1, 2**32, 2**63, 2**64 - 1]
@@ -153,16 +154,16 @@ def test_shape_and_type_are_as_asked() -> None:
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.0, True, "7", None, float("nan"), np.float32(3)])
 def test_bad_seeds_are_refused(seed: object) -> None:
-    with pytest.raises(InvalidInput, match="seed must be an integer from 0"):
+    with pytest.raises(InvalidInputError, match="seed must be an integer from 0"):
         noise.normal(seed, (4,))  # type: ignore[arg-type]
 
 
 def test_bad_streams_and_shapes_are_refused() -> None:
     for stream in (-1, 2**32, 0.5, False):
-        with pytest.raises(InvalidInput, match="stream"):
+        with pytest.raises(InvalidInputError, match="stream"):
             noise.normal(0, (4,), stream=stream)
     for shape in ((-1,), (2.0,), (True,)):
-        with pytest.raises(InvalidInput, match="shape"):
+        with pytest.raises(InvalidInputError, match="shape"):
             noise.normal(0, shape)  # type: ignore[arg-type]
 
 

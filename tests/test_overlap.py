@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from presto_rt import native
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInputError
 from presto_rt.overlap import overlap_add, overlap_add_torch
 
 SIZES = [
@@ -103,18 +103,18 @@ def test_strided_frames_are_the_same_as_contiguous_ones() -> None:
 def test_bad_arguments_are_refused() -> None:
     frames, window = torch.zeros(1, 4, 8), torch.ones(8)
     for bad in (frames[0], frames.double(), frames[:, :0]):
-        with pytest.raises(InvalidInput, match="frames must be"):
+        with pytest.raises(InvalidInputError, match="frames must be"):
             overlap_add(bad, window, 4)
     for bad in (torch.ones(7), window.double(), torch.ones(1, 8)):
-        with pytest.raises(InvalidInput, match="window must be"):
+        with pytest.raises(InvalidInputError, match="window must be"):
             overlap_add(frames, bad, 4)
     for hop in (0, 9, -1):
-        with pytest.raises(InvalidInput, match="hop must be"):
+        with pytest.raises(InvalidInputError, match="hop must be"):
             overlap_add(frames, window, hop)
     for length in (0, 17, -3):
-        with pytest.raises(InvalidInput, match="length must be"):
+        with pytest.raises(InvalidInputError, match="length must be"):
             overlap_add(frames, window, 4, length=length)
-    with pytest.raises(InvalidInput, match="uncovered"):
+    with pytest.raises(InvalidInputError, match="uncovered"):
         overlap_add(frames, torch.hann_window(8), 8)
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from presto_rt import native
-from presto_rt.errors import InvalidInput
-from presto_rt.noise import random_words
-from presto_rt.pcm import DITHER_STREAM, to_pcm, to_pcm_torch
+from presto_rt.audio.pcm import DITHER_STREAM, to_pcm, to_pcm_torch
+from presto_rt.diffusion.noise import random_words
+from presto_rt.errors import InvalidInputError
 
 SPECIAL = [
     math.nan,
@@ -91,11 +91,11 @@ def test_dither_frees_the_mean_and_the_noise_power_from_the_signal() -> None:
 def test_bad_arguments_are_refused() -> None:
     samples = torch.zeros(2, 4)
     for bad in (samples[0], samples.double(), samples.int()):
-        with pytest.raises(InvalidInput, match="samples must be"):
+        with pytest.raises(InvalidInputError, match="samples must be"):
             to_pcm(bad)
-    with pytest.raises(InvalidInput, match="bits must be"):
+    with pytest.raises(InvalidInputError, match="bits must be"):
         to_pcm(samples, 8)
-    with pytest.raises(InvalidInput, match="seed must be"):
+    with pytest.raises(InvalidInputError, match="seed must be"):
         to_pcm(samples, seed=-1)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import write_tiny_model
 
 from presto_rt import native
-from presto_rt.errors import BackendUnavailable, InvalidInput, WeightsError
+from presto_rt.errors import BackendUnavailableError, InvalidInputError, WeightsError
 from presto_rt.pipeline import Pipeline, load
+from tests.support.models import write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_callback_and_its_interruption(model: Pipeline) -> None:
     ],
 )  # fmt: skip
 def test_bad_input(model: Pipeline, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(InvalidInput, match=words):
+    with pytest.raises(InvalidInputError, match=words):
         model.generate("piano", **{"seconds": 0.3, **options})
 
 
@@ -118,11 +118,11 @@ def test_bad_choices_of_model_and_backend(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "tiny")
     with pytest.raises(WeightsError, match="shipped models are"):
         load("piano-9000")
-    with pytest.raises(BackendUnavailable, match="torch"):
+    with pytest.raises(BackendUnavailableError, match="torch"):
         load(folder, backend="abacus")
-    with pytest.raises(InvalidInput, match="cpu"):
+    with pytest.raises(InvalidInputError, match="cpu"):
         load(folder, device="tpu")
-    with pytest.raises(InvalidInput, match="bfloat16"):
+    with pytest.raises(InvalidInputError, match="bfloat16"):
         load(folder, dtype="int3")
 
 
@@ -156,13 +156,13 @@ def test_the_engine_is_refused_in_words_where_it_cannot_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_tiny_model(tmp_path / "tiny")
-    with pytest.raises(BackendUnavailable, match="float16"):
+    with pytest.raises(BackendUnavailableError, match="float16"):
         load(folder, backend="cpu", dtype="float16")
-    with pytest.raises(InvalidInput, match="threads"):
+    with pytest.raises(InvalidInputError, match="threads"):
         load(folder, threads=0)
     monkeypatch.setattr(native, "lib", None)
     monkeypatch.setattr(native, "why", "it was not built")
-    with pytest.raises(BackendUnavailable, match="not built"):
+    with pytest.raises(BackendUnavailableError, match="not built"):
         load(folder, backend="cpu")
     with caplog.at_level("INFO", logger="presto_rt"):
         assert load(folder).backend == "torch"

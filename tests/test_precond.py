@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from presto_rt.diffusion.precond import coefficients, loss_weight, precondition, sigma_of
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInputError
 
 SD = 0.5
 
@@ -68,5 +68,5 @@ def test_the_level_follows_from_the_time(kind: str) -> None:
 
 
 def test_unknown_kind() -> None:
-    with pytest.raises(InvalidInput, match="rf"):
+    with pytest.raises(InvalidInputError, match="rf"):
         coefficients(torch.ones(1), "x0", SD)

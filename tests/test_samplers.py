@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from presto_rt.diffusion.guidance import Guidance, guided
-from presto_rt.diffusion.samplers import ODE_SAMPLERS, SAMPLERS, Denoised, evaluated_levels, sample
-from presto_rt.diffusion.schedule import karras_levels
-from presto_rt.errors import InvalidInput
+from presto_rt.diffusion.samplers import ODE_SAMPLERS, SAMPLERS, Denoised, evaluated_sigmas, sample
+from presto_rt.diffusion.schedule import karras_sigmas
+from presto_rt.errors import InvalidInputError
 
 WEIGHTS = torch.tensor([0.3, 0.7], dtype=torch.float64)
 MEANS = torch.tensor([-0.8, 0.5], dtype=torch.float64)
@@ -60,7 +60,7 @@ def starts(count: int, sigma: float) -> Tensor:
 @pytest.mark.parametrize("name", ODE_SAMPLERS)
 def test_reaches_the_distribution(name: str) -> None:
     """Quantile starts end on the data's quantiles, and the weight of each mode is kept."""
-    x = sample(name, exact_denoise, starts(2_001, 80.0), karras_levels(200), no_noise)
+    x = sample(name, exact_denoise, starts(2_001, 80.0), karras_sigmas(200), no_noise)
     truth = starts(2_001, 0.0)
     tolerance = 2e-2 if name == "euler" else 2e-3
     assert (x - truth).abs().mean() < tolerance
@@ -79,7 +79,7 @@ def test_few_step_reaches_the_distribution() -> None:
         return torch.randn(20_000, dtype=torch.float64, generator=generator)
 
     for steps in (1, 2, 4):
-        x = sample("few_step", end_point, 80.0 * noise(0), karras_levels(steps), noise).sort().values
+        x = sample("few_step", end_point, 80.0 * noise(0), karras_sigmas(steps), noise).sort().values
         # Kolmogorov-Smirnov distance of 20,000 draws: 1.63 / sqrt(n) = 0.0115 at the 1 % level
         gap = (distribution(x, 0.0) - torch.linspace(0, 1, len(x), dtype=torch.float64)).abs().max()
         assert gap < 0.0115
@@ -91,7 +91,7 @@ def test_convergence_order(name: str, order: int) -> None:
     x, truth = starts(101, 10.0), starts(101, 0.05)
     errors = []
     for steps in (64, 128, 256):
-        levels = karras_levels(steps + 1, 0.05, 10.0, end_at_zero=False)
+        levels = karras_sigmas(steps + 1, 0.05, 10.0, end_at_zero=False)
         errors.append(float((sample(name, exact_denoise, x, levels, no_noise) - truth).abs().mean()))
     measured = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert all(abs(m - order) < 0.3 for m in measured), (measured, errors)
@@ -100,7 +100,7 @@ def test_convergence_order(name: str, order: int) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_plans_its_evaluations(name: str, steps: int) -> None:
-    """evaluated_levels tells beforehand which noise levels the denoiser will be asked for."""
+    """evaluated_sigmas tells beforehand which noise levels the denoiser will be asked for."""
     seen: list[float] = []
 
     def recording(x: Tensor, sigma: float) -> Denoised:
@@ -108,9 +108,9 @@ def test_plans_its_evaluations(name: str, steps: int) -> None:
         return Denoised(0.5 * x, 0.5 * x)
 
     ticks: list[tuple[int, int]] = []
-    levels = karras_levels(steps)
+    levels = karras_sigmas(steps)
     sample(name, recording, torch.ones(3), levels, lambda k: torch.zeros(3), lambda i, n: ticks.append((i, n)))
-    assert seen == pytest.approx(evaluated_levels(name, levels))
+    assert seen == pytest.approx(evaluated_sigmas(name, levels))
     assert ticks == [(i + 1, steps) for i in range(steps)]
 
 
@@ -126,7 +126,7 @@ def test_guidance_combines_and_respects_its_interval() -> None:
 def test_cfg_plus_plus(name: str) -> None:
     """At scale 1 CFG++ ends at D_c of the last step; at scale 0 it is unconditional sampling."""
     x = torch.tensor([3.0, -1.0], dtype=torch.float64)
-    levels = karras_levels(6, 0.01, 5.0)
+    levels = karras_sigmas(6, 0.01, 5.0)
 
     def conditional(x: Tensor, s: float) -> Tensor:
         return x * 0.2 + 1
@@ -154,10 +154,10 @@ def test_cfg_plus_plus(name: str) -> None:
     ],
 )
 def test_bad_guidance(guidance: Guidance, sampler: str, words: str) -> None:
-    with pytest.raises(InvalidInput, match=words.replace("+", r"\+")):
+    with pytest.raises(InvalidInputError, match=words.replace("+", r"\+")):
         guidance.check(sampler)
 
 
 def test_unknown_sampler_lists_the_known() -> None:
-    with pytest.raises(InvalidInput, match="few_step"):
+    with pytest.raises(InvalidInputError, match="few_step"):
         sample("magic", exact_denoise, torch.zeros(1), [1.0, 0.0], no_noise)

@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 from presto_rt.diffusion.schedule import (
     LayerSchedule,
     budget_schedule,
-    few_step_levels,
-    inference_levels,
-    karras_levels,
+    few_step_sigmas,
+    inference_sigmas,
+    karras_sigmas,
     keep_last,
     parse_layers,
-    training_levels,
+    training_sigmas,
 )
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInputError
 
 
 @given(steps=st.integers(1, 200), rho=st.floats(1, 10))
 def test_levels_fall_to_zero(steps: int, rho: float) -> None:
-    levels = karras_levels(steps, 0.002, 80.0, rho)
+    levels = karras_sigmas(steps, 0.002, 80.0, rho)
     assert len(levels) == steps + 1
     assert levels[0] == pytest.approx(80.0)
     assert levels[-1] == 0.0
@@ -37,27 +37,27 @@ def test_levels_fall_to_zero(steps: int, rho: float) -> None:
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, True, "4", None])
 def test_bad_steps(steps: object) -> None:
-    for ladder in (karras_levels, few_step_levels):
-        with pytest.raises(InvalidInput, match="steps"):
+    for ladder in (karras_sigmas, few_step_sigmas):
+        with pytest.raises(InvalidInputError, match="steps"):
             ladder(steps)
 
 
 def test_few_steps_leave_out_the_level_where_nothing_changes() -> None:
-    assert few_step_levels(1) == [80.0, 0.0]
-    four = few_step_levels(4, 0.002, 80.0, 7.0)
-    assert four[:-1] == karras_levels(5, 0.002, 80.0, 7.0)[:4]
+    assert few_step_sigmas(1) == [80.0, 0.0]
+    four = few_step_sigmas(4, 0.002, 80.0, 7.0)
+    assert four[:-1] == karras_sigmas(5, 0.002, 80.0, 7.0)[:4]
     assert four[-2:] == [pytest.approx(0.167, abs=0.01), 0.0]
 
 
 def test_training_levels_are_log_normal() -> None:
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    log = training_levels(u, -0.4, 1.0).log()
+    log = training_sigmas(u, -0.4, 1.0).log()
     assert float(log.mean()) == pytest.approx(-0.4, abs=1e-3)
     assert float(log.std()) == pytest.approx(1.0, abs=1e-3)
 
 
 def test_inference_levels_end_points() -> None:
-    ends = inference_levels(torch.tensor([0.0, 1.0], dtype=torch.float64), 0.002, 80.0, 7.0)
+    ends = inference_sigmas(torch.tensor([0.0, 1.0], dtype=torch.float64), 0.002, 80.0, 7.0)
     assert ends.tolist() == pytest.approx([80.0, 0.002])
 
 
@@ -97,7 +97,7 @@ def test_budget_schedule(depth: int, share: float, shifted: bool) -> None:
     ],
 )
 def test_bad_layer_schedules(rows: tuple) -> None:
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInputError):
         LayerSchedule(4, rows)
 
 
@@ -114,15 +114,15 @@ def test_parse_layers() -> None:
     assert not parse_layers(6, 8, saved=own).told
     bad = (0, 9, "0%", "200%", "20%", "x", True, 2.5, "", "nan%", "-5", LayerSchedule.full(5), [8, 8], {}, "8,8")
     for each in bad:
-        with pytest.raises(InvalidInput):
-            parse_layers(each, 8, levels=karras_levels(3))
+        with pytest.raises(InvalidInputError):
+            parse_layers(each, 8, levels=karras_sigmas(3))
 
 
 @given(depth=st.integers(1, 24), steps=st.integers(1, 12), data=st.data())
 def test_layers_for_each_step(depth: int, steps: int, data: st.DataObject) -> None:
     """Step i runs its own count at its own level; as text it is the same; the last block always runs."""
     counts = data.draw(st.lists(st.integers(1, depth), min_size=steps, max_size=steps))
-    levels = karras_levels(steps)
+    levels = karras_sigmas(steps)
     schedule = parse_layers(counts, depth, levels=levels)
     assert [len(schedule.blocks(s)) for s in levels[:-1]] == counts
     assert all(schedule.blocks(s)[-1] == depth - 1 for s in levels[:-1])

@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 
-from presto_rt.errors import InvalidInput
-from presto_rt.text import check_prompts, load_text_encoder, parse_bpm
+from presto_rt.conditioning.minilm import check_prompts, load_text_encoder, parse_bpm
+from presto_rt.errors import InvalidInputError
 
 
 def test_states_do_not_depend_on_the_batch() -> None:
@@ -71,5 +71,5 @@ def test_parse_bpm(prompt: str, bpm: float | None) -> None:
 
 @pytest.mark.parametrize("bad", [None, 3, [], ["a", 3], b"bytes", [[]]])
 def test_bad_prompts(bad: object) -> None:
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInputError):
         check_prompts(bad)

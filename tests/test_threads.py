@@ -9,14 +9,14 @@ import sys
 import pytest
 
 from presto_rt import native
-from presto_rt.engine.threads import openmp
+from presto_rt.runtime.cpu.threads import openmp
 
 BUSY = "import os, time\nparent = os.getppid()\nwhile os.getppid() == parent: pass\n"
 SHARED = """
 import os, subprocess, sys, time
 import torch
-from presto_rt.engine.cpu import CpuOps
-from presto_rt.engine.threads import limited
+from presto_rt.runtime.cpu.ops import CpuOps
+from presto_rt.runtime.cpu.threads import thread_limit
 
 torch.manual_seed(0)
 x, w = torch.randn(1, 64, 256), torch.randn(256, 256)
@@ -24,7 +24,7 @@ x, w = torch.randn(1, 64, 256), torch.randn(256, 256)
 def spent(threads):
     ops = CpuOps(threads=threads)
     packed, out = ops.pack(w, None), torch.empty(1, 64, 256)
-    with torch.inference_mode(), limited(threads):
+    with torch.inference_mode(), thread_limit(threads):
         for turn in range(2):
             begin = time.process_time()
             for _ in range(300):

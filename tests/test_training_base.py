@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInputError
+from presto_rt.lab.training import settings
+from presto_rt.lab.training.base import BaseTrainer, BaseTraining, draw_batch, train_base
+from presto_rt.lab.training.common import load_checkpoint, save_checkpoint
+from presto_rt.lab.training.conditions import FRAME_SECONDS, LatentSet
+from presto_rt.lab.training.synthetic import write_latents
 from presto_rt.models.dit import beat_features
-from presto_rt.training import settings
-from presto_rt.training.base import BaseTrainer, BaseTraining, draw_batch, train_base
-from presto_rt.training.common import load_checkpoint, save_checkpoint
-from presto_rt.training.conditions import FRAME_SECONDS, LatentSet
-from presto_rt.training.synthetic import write_latents
 
 FRAMES = 200
 OPTIONS = {"tokens": 256, "frames": ((32, 1.0),), "checkpoint_minutes": 0.02}
@@ -32,7 +32,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer(data_root: Path, run: Path) -> BaseTrainer:
-    from presto_rt.config import preset
+    from presto_rt.models.config import preset
 
     return BaseTrainer(data_root, run, preset("tiny"), BaseTraining(minutes=1, learning_rate=3e-3, **OPTIONS), "cpu")
 
@@ -47,7 +47,7 @@ def test_batches(data_root: Path) -> None:
     assert torch.allclose(c.pooled[0], c.text[0][c.text_mask[0]].mean(0), atol=1e-4)
     again, _ = LatentSet(data_root, "val").batch(np.random.default_rng(0), 6, 50, control_dropout=0.5)
     assert torch.equal(x, again)
-    with pytest.raises(InvalidInput, match="201"):
+    with pytest.raises(InvalidInputError, match="201"):
         held.batch(np.random.default_rng(0), 1, 201)
 
 
@@ -124,7 +124,7 @@ def test_a_gradient_that_is_not_finite_costs_one_step_and_no_weights(data_root: 
 def test_kill_and_resume(data_root: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     call = f"train_base({str(data_root)!r}, {str(run)!r}, 30, device='cpu', model='tiny', **{OPTIONS!r})"
-    code = f"from presto_rt.training.base import train_base; {call}"
+    code = f"from presto_rt.lab.training.base import train_base; {call}"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     checkpoint = run / "checkpoint.safetensors"
     deadline = time.time() + 120
@@ -136,7 +136,7 @@ def test_kill_and_resume(data_root: Path, tmp_path: Path) -> None:
     _, meta = load_checkpoint(checkpoint)
     assert meta["step"] > 0
     minutes = meta["used_seconds"] / 60 + 0.03
-    with pytest.raises(InvalidInput, match="--resume"):
+    with pytest.raises(InvalidInputError, match="--resume"):
         train_base(data_root, run, minutes, device="cpu", model="tiny", **OPTIONS)
     figures = train_base(data_root, run, minutes, device="cpu", model="tiny", resume=True, **OPTIONS)
     assert load_checkpoint(checkpoint)[1]["step"] > meta["step"]
@@ -144,7 +144,7 @@ def test_kill_and_resume(data_root: Path, tmp_path: Path) -> None:
 
 
 def test_missing_latents(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="presto-rt train encode"):
+    with pytest.raises(InvalidInputError, match="presto-rt train encode"):
         LatentSet(tmp_path, "train")
 
 
@@ -154,14 +154,14 @@ def test_latents_of_another_data_set_and_splits_without_captions(data_root: Path
     manifest = json.loads((root / "manifest.json").read_text())
     kept = [item for item in manifest["items"] if item["id"] != "val0"]
     (root / "manifest.json").write_text(json.dumps({**manifest, "items": kept}))
-    with pytest.raises(InvalidInput, match="another data set"):
+    with pytest.raises(InvalidInputError, match="another data set"):
         LatentSet(root, "val")
     (root / "manifest.json").write_text(json.dumps(manifest))
     np.save(root / "latents" / "val.npy", np.load(root / "latents" / "val.npy")[:-1])
-    with pytest.raises(InvalidInput, match="another data set"):
+    with pytest.raises(InvalidInputError, match="another data set"):
         LatentSet(root, "val")
     (root / "latents" / "val.json").write_text('{"items": []}')
-    with pytest.raises(InvalidInput, match="larger data set"):
+    with pytest.raises(InvalidInputError, match="larger data set"):
         LatentSet(root, "val")
 
 
@@ -181,13 +181,13 @@ def test_lengths_that_no_piece_has_are_not_drawn(data_root: Path) -> None:
     for seed in range(4):
         x, _ = draw_batch(held, np.random.default_rng(seed), 64, ((32, 0.1), (FRAMES + 1, 0.9)), 0.3)
         assert x.shape[:2] == (2, 32)
-    with pytest.raises(InvalidInput, match=str(FRAMES + 1)):
+    with pytest.raises(InvalidInputError, match=str(FRAMES + 1)):
         draw_batch(held, np.random.default_rng(0), 64, ((FRAMES + 9, 0.5), (FRAMES + 1, 0.5)), 0.3)
 
 
 def test_a_distillation_is_not_gone_on_with(data_root: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "checkpoint.safetensors", {}, {"options": {"minutes": 1, "gan_weight": 0.1}})
-    with pytest.raises(InvalidInput, match=r"gan_weight.*--run"):
+    with pytest.raises(InvalidInputError, match=r"gan_weight.*--run"):
         trainer(data_root, tmp_path).start(resume=True)
 
 
@@ -196,7 +196,7 @@ def test_settings_are_checked_against_their_defaults() -> None:
     given = ["clip=2", "compile=true", "frames=[[128, 1]]", "tokens=4"]
     assert settings.read(given, known) == {"clip": 2, "compile": True, "frames": ([128, 1],), "tokens": 4}
     for bad in ("clip=high", "clip=true", "compile=1", "frames=128", "tokens=4.5", "tokens=null", "root=x", "clip"):
-        with pytest.raises(InvalidInput, match="--set"):
+        with pytest.raises(InvalidInputError, match="--set"):
             settings.read([bad], known)
-    with pytest.raises(InvalidInput, match="tokens"):
+    with pytest.raises(InvalidInputError, match="tokens"):
         BaseTraining(1.0, tokens=0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from presto_rt.errors import InvalidInput
-from presto_rt.training.slow import WINDOW, SlowError
+from presto_rt.errors import InvalidInputError
+from presto_rt.lab.training.slow import WINDOW, SlowError
 
 
 def slow_latents(windows: int, channels: int = 6) -> torch.Tensor:
@@ -43,5 +43,5 @@ def test_it_sees_means_alone_and_weak_components_as_much_as_strong_ones() -> Non
 
 
 def test_too_few_frames() -> None:
-    with pytest.raises(InvalidInput, match="slow_weight"):
+    with pytest.raises(InvalidInputError, match="slow_weight"):
         SlowError(torch.zeros(WINDOW, 4))

@@ -12,14 +12,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from models import write_tiny_model
 
-from presto_rt import tuning
-from presto_rt.cli import main
+from presto_rt import deadline as tuning
+from presto_rt.cli.main import main
 from presto_rt.diffusion.schedule import LayerSchedule
-from presto_rt.engine.precision import Fp8
-from presto_rt.errors import InvalidInput, WeightsError
+from presto_rt.errors import InvalidInputError, WeightsError
 from presto_rt.pipeline import Pipeline, load
+from presto_rt.runtime.cuda.fp8 import Fp8
+from tests.support.models import write_tiny_model
 
 #: 1 ms of text, 2 ms to start, 3 ms an evaluation and 4 ms a block, 5 ms to decode; guidance doubles
 ROW = tuning.Row(1.0, 0.001, 0.002, 0.003, 0.004, 2.0, 0.005)
@@ -66,7 +66,7 @@ def test_best_plan_in_time(model: Pipeline) -> None:
     assert full.layers.blocks(1.0) == (0, 1, 2)
     two = model.plan(1.0, deadline_ms=2 * 60, clips=2, **call)
     assert len(two.levels) <= len(model.plan(1.0, deadline_ms=120, **call).levels) - 1
-    with pytest.raises(InvalidInput, match=r"nothing fits 10 ms.*1 steps, takes about 20 ms"):
+    with pytest.raises(InvalidInputError, match=r"nothing fits 10 ms.*1 steps, takes about 20 ms"):
         model.plan(1.0, deadline_ms=10, **call)
 
 
@@ -128,13 +128,13 @@ def test_tune_on_the_command_line(model: Pipeline, tmp_path: Path, capsys: pytes
 
 def test_layers_for_each_step_leave_nothing_to_choose(model: Pipeline) -> None:
     for layers in ([3, 2], "3,2"):
-        with pytest.raises(InvalidInput, match="no entry per step"):
+        with pytest.raises(InvalidInputError, match="no entry per step"):
             model.plan(1.0, layers=layers, deadline_ms=250)
 
 
 @pytest.mark.parametrize("bad", [-1, math.nan, "fast", True])
 def test_bad_deadlines(model: Pipeline, bad: object) -> None:
-    with pytest.raises(InvalidInput, match="deadline_ms"):
+    with pytest.raises(InvalidInputError, match="deadline_ms"):
         model.generate("x", seconds=0.3, deadline_ms=bad)
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CODEC, write_tiny_model
 
-from presto_rt import weights
-from presto_rt.errors import InvalidInput, OutputError, WeightsError
+from presto_rt.checkpoints import folder as weights
+from presto_rt.errors import InvalidInputError, OutputError, WeightsError
+from presto_rt.lab.training.codec import write_codec
+from presto_rt.lab.training.pack import pack
 from presto_rt.models.codec import Codec
-from presto_rt.training.codec import write_codec
-from presto_rt.training.pack import pack
+from tests.support.models import CODEC, write_tiny_model
 
 
 def test_round_trip_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_a_model_does_not_share_with_itself(tmp_path: Path) -> None:
 def test_defaults_and_figures_that_nobody_would_read_are_refused(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "a")
     for bad in ({"defaults": {"step": 4}}, {"defaults": []}, {"quality": [{"steps": 4}]}, {"quality": {"steps": 4}}):
-        with pytest.raises(InvalidInput, match=r"(defaults|quality) must be"):
+        with pytest.raises(InvalidInputError, match=r"(defaults|quality) must be"):
             pack(tmp_path / "b", **{"codec_run": folder, "base_run": folder, "defaults": {}, **bad})
     assert not (tmp_path / "b").exists()
     good = {"defaults": {"steps": 4}, "quality": [{"steps": 4, "layers": "100%", "kid": 0.1}]}

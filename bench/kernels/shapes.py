@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from presto_rt.config import PRESETS
+from presto_rt.models.config import PRESETS
 
 SECONDS = 32
 

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from presto_rt import native
-from presto_rt.engine.cpu import GELU_TANH, CpuOps
-from presto_rt.engine.reference import ReferenceOps
-from presto_rt.engine.threads import limited
-from presto_rt.models.codec_features import SpectralFrames
 from presto_rt.models.dit import rotary_table
+from presto_rt.models.spectral import SpectralFrames
+from presto_rt.runtime.cpu.ops import GELU_TANH, CpuOps
+from presto_rt.runtime.cpu.threads import thread_limit
+from presto_rt.runtime.eager.ops import ReferenceOps
 
 if native.lib is None:
     pytest.skip(f"no C++ operators: {native.why}", allow_module_level=True)
@@ -49,7 +49,7 @@ def norms() -> Case:
     out, after, ops = torch.empty_like(branch), torch.empty_like(residual), CpuOps(BF16, THREADS)
 
     def ours() -> Tensor:
-        ops.residual_norm_modulate(residual, branch, rows, 0, 1, 2, after, out)
+        ops.adaln(residual, branch, rows, 0, 1, 2, after, out)
         return out
 
     def plain() -> Tensor:
@@ -162,7 +162,7 @@ def spectra() -> Case:
     frames = SpectralFrames(2500.0)
     given = torch.randn(1, 4 * TOKENS, 3, frames.bands) - 4.0
     moved = 4 * (given.numel() + 4096 * TOKENS)
-    return Case(lambda: frames.synthesise(given, 2), lambda: frames.synthesise_torch(given, 2), moved, None)
+    return Case(lambda: frames.synthesize(given, 2), lambda: frames.synthesize_torch(given, 2), moved, None)
 
 
 CASES = {
@@ -183,7 +183,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_operator(benchmark: Any, name: str, way: str) -> None:
     torch.manual_seed(0)
-    with limited(THREADS), torch.inference_mode():
+    with thread_limit(THREADS), torch.inference_mode():
         case = CASES[name]()
         if way == "ours" and case.difference is not None:
             got, want = case.ours().float(), case.plain().float()

@@ -1,6 +1,6 @@
 // A sampler step behind the network: preconditioning, guidance, the update, fresh noise and the next input, in one pass.
 //
-//   x'       = a x + b F_c + c F_u + h H + s n        n: presto_rt.noise to the bit
+//   x'       = a x + b F_c + c F_u + h H + s n        n: presto_rt.diffusion.noise to the bit
 //   H'       = p x + q F_c + r F_u                    what the next step of a multi-step sampler needs, if anything
 //   input'   = c_in' x'                               twice where the next step is guided
 //

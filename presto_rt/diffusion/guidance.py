@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import InvalidInput
+from ..errors import InvalidInputError
 from .samplers import CFG_PP_SAMPLERS, SAMPLERS, Denoise, Denoised
 
 
@@ -27,21 +27,23 @@ class Guidance:
     plus_plus: bool = False
 
     def check(self, sampler: str) -> None:
-        """Raises InvalidInput where the numbers or the combination with `sampler` make no sense."""
+        """Raises InvalidInputError where the numbers or the combination with `sampler` make no sense."""
         if sampler not in SAMPLERS:
-            raise InvalidInput(f"unknown sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+            raise InvalidInputError(f"unknown sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
         limit = 1.0 if self.plus_plus else 100.0
         if not (isinstance(self.scale, int | float) and 0 <= self.scale <= limit):
-            raise InvalidInput(f"guidance must be a number from 0 to {limit:g}, not {self.scale!r}")
+            raise InvalidInputError(f"guidance must be a number from 0 to {limit:g}, not {self.scale!r}")
         try:
             low, high = self.interval
             rising = 0 <= low < high
         except (TypeError, ValueError):
             rising = False
         if not rising:
-            raise InvalidInput(f"the guidance interval must be (low, high) with 0 <= low < high, not {self.interval!r}")
+            raise InvalidInputError(
+                f"the guidance interval must be (low, high) with 0 <= low < high, not {self.interval!r}"
+            )
         if self.plus_plus and sampler not in CFG_PP_SAMPLERS:
-            raise InvalidInput(f"CFG++ is defined for {', '.join(CFG_PP_SAMPLERS)}, not for {sampler}")
+            raise InvalidInputError(f"CFG++ is defined for {', '.join(CFG_PP_SAMPLERS)}, not for {sampler}")
 
     def active(self, sigma: float) -> bool:
         return (self.plus_plus or self.scale != 1.0) and self.interval[0] <= sigma <= self.interval[1]

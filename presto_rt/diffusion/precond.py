@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInput
+from ..errors import InvalidInputError
 
 #: coefficients of D = c_skip x + c_out F(c_in x; time), each shaped like sigma
 Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -41,7 +41,7 @@ def coefficients(sigma: Tensor, network: str, sigma_data: float) -> Coefficients
     if network == "rf":
         t = s / (1 + s)
         return 1 - t, -t, 1 - t, t
-    raise InvalidInput(f'unknown network kind {network!r}; there are "edm", "v" and "rf"')
+    raise InvalidInputError(f'unknown network kind {network!r}; there are "edm", "v" and "rf"')
 
 
 def sigma_of(time: Tensor, network: str, sigma_data: float) -> Tensor:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..errors import InvalidInput
+from ..errors import InvalidInputError
 
 
 class Denoised(NamedTuple):
@@ -117,11 +117,11 @@ def sample(
     if name == "few_step":
         return few_step(denoise, x, levels, noise, progress)
     if name not in ODE_SAMPLERS:
-        raise InvalidInput(f"unknown sampler {name!r}; there are {', '.join(SAMPLERS)}")
+        raise InvalidInputError(f"unknown sampler {name!r}; there are {', '.join(SAMPLERS)}")
     return ODE_SAMPLERS[name](denoise, x, levels, progress)
 
 
-def evaluated_levels(name: str, levels: Sequence[float]) -> list[float]:
+def evaluated_sigmas(name: str, levels: Sequence[float]) -> list[float]:
     """Noise levels of every denoiser evaluation that the sampler will make, in order: known before the first."""
     out: list[float] = []
     for s, s_next in itertools.pairwise(levels):

@@ -17,50 +17,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInput
+from ..errors import InvalidInputError
 
 # p(s_train), ln sigma ~ N(P_MEAN, P_STD^2). EDM2's (-0.4, 1) has only 4 % above sigma 4, where everything is decided
 # that changes slowly over a clip: see docs/training.md.
 P_MEAN, P_STD = 0.4, 1.4
 
 
-def karras_levels(
+def karras_sigmas(
     steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, end_at_zero: bool = True
 ) -> list[float]:
     """`steps` noise levels from sigma_max down to sigma_min, then 0.0 (the list has steps + 1 entries)."""
     _check_steps(steps)
-    return inference_levels(torch.linspace(0, 1, max(steps, 2), dtype=torch.float64)[:steps], sigma_min, sigma_max,
+    return inference_sigmas(torch.linspace(0, 1, max(steps, 2), dtype=torch.float64)[:steps], sigma_min, sigma_max,
                             rho).tolist() + [0.0] * end_at_zero  # fmt: skip
 
 
-def inference_levels(u: Tensor, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+def inference_sigmas(u: Tensor, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
     """p(s_inf): noise levels at positions u in [0, 1] of the sampler's ladder (u = 0 is sigma_max)."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (high + u * (low - high)) ** rho
 
 
-def few_step_levels(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> list[float]:
+def few_step_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> list[float]:
     """`steps` noise levels at u = i / steps of the ladder, then 0.0, for the few-step sampler.
 
-    Unlike `karras_levels` it leaves out sigma_min: a generator asked there has nothing left to change, and of four
+    Unlike `karras_sigmas` it leaves out sigma_min: a generator asked there has nothing left to change, and of four
     steps every one counts.
     """
     _check_steps(steps)
-    return [*karras_levels(steps + 1, sigma_min, sigma_max, rho, end_at_zero=False)[:-1], 0.0]
+    return [*karras_sigmas(steps + 1, sigma_min, sigma_max, rho, end_at_zero=False)[:-1], 0.0]
 
 
 def _check_steps(steps: int) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InvalidInput(f"steps must be a whole number of at least 1, not {steps!r}")
+        raise InvalidInputError(f"steps must be a whole number of at least 1, not {steps!r}")
 
 
-def sampling_levels(sampler: str, steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
+def sampling_sigmas(sampler: str, steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
     """The ladder that a sampler walks down, 0.0 at its end."""
-    ladder = few_step_levels if sampler == "few_step" else karras_levels
+    ladder = few_step_sigmas if sampler == "few_step" else karras_sigmas
     return ladder(steps, sigma_min, sigma_max, rho)
 
 
-def training_levels(u: Tensor, mean: float = P_MEAN, std: float = P_STD) -> Tensor:
+def training_sigmas(u: Tensor, mean: float = P_MEAN, std: float = P_STD) -> Tensor:
     """p(s_train): ln sigma ~ N(mean, std^2), from uniform u in (0, 1) (stratify u for lower variance)."""
     return (mean + std * torch.special.ndtri(u)).exp()
 
@@ -81,10 +81,10 @@ class LayerSchedule:
     def __post_init__(self) -> None:
         bounds = [upper for upper, _ in self.rows]
         if not self.rows or bounds != sorted(bounds) or bounds[-1] != math.inf:
-            raise InvalidInput("a layer schedule's rows must rise in sigma and end with infinity")
+            raise InvalidInputError("a layer schedule's rows must rise in sigma and end with infinity")
         for upper, blocks in self.rows:
             if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0 or blocks[-1] >= self.depth:
-                raise InvalidInput(
+                raise InvalidInputError(
                     f"layer schedule up to sigma {upper:g}: blocks must rise within 0..{self.depth - 1}, not {blocks}"
                 )
 
@@ -110,7 +110,7 @@ class LayerSchedule:
             rows = tuple((math.inf if u is None else float(u), tuple(int(b) for b in bs)) for u, bs in data["rows"])
             return cls(int(data["depth"]), rows, bool(data.get("told", True)))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InvalidInput(f"not a layer schedule: {error}") from error
+            raise InvalidInputError(f"not a layer schedule: {error}") from error
 
 
 #: what a user may write for `layers`: a count, a share ("70%"), one of these per step, or a schedule
@@ -120,7 +120,7 @@ Layers = int | str | Sequence[int | str] | LayerSchedule | None
 def keep_last(depth: int, count: int) -> tuple[int, ...]:
     """`count` of `depth` blocks: a prefix and always the last one (Presto-L's shifted drop)."""
     if not 1 <= count <= depth:
-        raise InvalidInput(f"between 1 and {depth} of {depth} blocks can run, not {count}")
+        raise InvalidInputError(f"between 1 and {depth} of {depth} blocks can run, not {count}")
     return (*range(count - 1), depth - 1)
 
 
@@ -133,13 +133,13 @@ def budget_schedule(
     The ramp from clean to noisy falls linearly, as ASE's published schedule does (28 28 24 24 20 20 16 16 12 12 of 28;
     Moon et al. 2024): from at most all blocks to at least a quarter. Counts are whole; what rounding leaves over is
     carried on to the next part, and the counts are put in falling order. shifted: the last block always runs
-    and those before it are dropped (Presto-L); else a prefix runs (ASE). Raises InvalidInput for other shares.
+    and those before it are dropped (Presto-L); else a prefix runs (ASE). Raises InvalidInputError for other shares.
     """
     if not 0.25 <= share <= 1.0:
-        raise InvalidInput(f"a layer budget must be a share of the blocks from 25% to 100%, not {share:.0%}")
+        raise InvalidInputError(f"a layer budget must be a share of the blocks from 25% to 100%, not {share:.0%}")
     low = max(2 * share - 1, 0.25)
     high = 2 * share - low
-    levels = inference_levels(torch.arange(parts, -1, -1, dtype=torch.float64) / parts, sigma_min, sigma_max, rho)
+    levels = inference_sigmas(torch.arange(parts, -1, -1, dtype=torch.float64) / parts, sigma_min, sigma_max, rho)
     counts, carried = [], 0.0
     for part in range(parts):
         wanted = depth * (high + (low - high) * part / (parts - 1)) + carried
@@ -153,7 +153,7 @@ def budget_schedule(
 def parse_layers(layers: Layers, depth: int, *, levels: Sequence[float] = (),
                  saved: Mapping[str, LayerSchedule] | None = None,
                  ladder: tuple[float, float, float] = (0.002, 80.0, 7.0)) -> LayerSchedule:  # fmt: skip
-    """The schedule that a user means; raises InvalidInput for anything else.
+    """The schedule that a user means; raises InvalidInputError for anything else.
 
     None or "100%": all blocks. 6: so many at every level, the last always among them. "70%": that share on average
     over the ladder (sigma_min, sigma_max, rho), fewer at high noise; the weights' own schedule where `saved` has one of
@@ -165,7 +165,7 @@ def parse_layers(layers: Layers, depth: int, *, levels: Sequence[float] = (),
         return LayerSchedule.full(depth)
     if isinstance(layers, LayerSchedule):
         if layers.depth != depth:
-            raise InvalidInput(f"this layer schedule is for {layers.depth} blocks; the model has {depth}")
+            raise InvalidInputError(f"this layer schedule is for {layers.depth} blocks; the model has {depth}")
         return layers
     if isinstance(layers, str) and "," in layers:
         layers = layers.split(",")
@@ -184,7 +184,7 @@ def parse_layers(layers: Layers, depth: int, *, levels: Sequence[float] = (),
 def _per_step(entries: Sequence[int | str], depth: int, levels: Sequence[float]) -> LayerSchedule:
     """Rows that part neighbouring steps at the geometric mean of their levels."""
     if len(entries) != len(levels):
-        raise InvalidInput(f"layers has {len(entries)} entries for {len(levels)} steps; give one for each step")
+        raise InvalidInputError(f"layers has {len(entries)} entries for {len(levels)} steps; give one for each step")
     middles = [math.sqrt(a * b) for a, b in itertools.pairwise(levels)]
     chosen = [keep_last(depth, _count(entry, depth)) for entry in entries]
     return LayerSchedule(depth, tuple(zip([*reversed(middles), math.inf], reversed(chosen), strict=True)))
@@ -204,7 +204,7 @@ def _count(value: object, depth: int) -> int:
             return round(share * depth)
         value = int(value) if value.strip().isdigit() else None
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidInput(
+        raise InvalidInputError(
             f'layers must be a number of blocks (1 to {depth}), a share such as "60%", or one of these for each step'
         )
     return value

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from presto_rt.errors import InvalidInput, WeightsError
-from presto_rt.models.codec_features import FRAME_HOP, FRAMES_PER_LATENT, LATENT_HOP, SAMPLE_RATE, SpectralFrames
+from ..errors import InvalidInputError, WeightsError
+from .spectral import FRAME_HOP, FRAMES_PER_LATENT, LATENT_HOP, SAMPLE_RATE, SpectralFrames
 
 SIGMA_DATA = 0.5
 
@@ -47,10 +47,10 @@ class CodecConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CodecConfig:
-        """From a dict; raises InvalidInput on unknown names."""
+        """From a dict; raises InvalidInputError on unknown names."""
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
-            raise InvalidInput(f"unknown codec settings {sorted(unknown)}: known are {sorted(known)}")
+            raise InvalidInputError(f"unknown codec settings {sorted(unknown)}: known are {sorted(known)}")
         return cls(**values)
 
 
@@ -158,11 +158,11 @@ class Codec(nn.Module):
 
     feature_scale = 0.5  # log-magnitudes in nats spread by about 2
 
-    def normalise(self, features: Tensor) -> Tensor:
+    def normalize(self, features: Tensor) -> Tensor:
         """Log-magnitudes (B, F, 2, bands) -> about zero mean and unit spread."""
         return (features - self.feature_mean) * self.feature_scale
 
-    def denormalise(self, output: Tensor) -> Tensor:
+    def denormalize(self, output: Tensor) -> Tensor:
         """Decoder output -> features with the cosine limited to (-1, 1)."""
         logs = output[:, :, :2] / self.feature_scale + self.feature_mean
         return torch.cat([logs, torch.tanh(output[:, :, 2:])], 2)
@@ -176,17 +176,17 @@ class Codec(nn.Module):
         float32, std about 0.5.
 
         Mono is doubled; the end is padded with silence. Deterministic: the posterior's mean, unless `sample` asks for
-        a draw. Raises InvalidInput on other shapes, no samples, or values that are not finite.
+        a draw. Raises InvalidInputError on other shapes, no samples, or values that are not finite.
         """
         if samples.ndim == 2:
             samples = samples[None]
         if samples.ndim != 3 or samples.shape[1] not in (1, 2) or samples.shape[2] == 0:
-            raise InvalidInput(f"samples must have the shape (batch, 1 or 2, frames), got {tuple(samples.shape)}")
+            raise InvalidInputError(f"samples must have the shape (batch, 1 or 2, frames), got {tuple(samples.shape)}")
         samples = samples.to(self._device(), torch.float32)
         if not torch.isfinite(samples).all():
-            raise InvalidInput("samples hold NaN or infinity: check the audio before encoding")
+            raise InvalidInputError("samples hold NaN or infinity: check the audio before encoding")
         samples = F.pad(samples.expand(-1, 2, -1), (0, -samples.shape[2] % LATENT_HOP))
-        mean, log_variance = self.encoder(self.normalise(self.frames.features(samples)))
+        mean, log_variance = self.encoder(self.normalize(self.frames.features(samples)))
         if sample:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device if generator else None)
             mean = mean + torch.exp(0.5 * log_variance) * noise.to(mean)
@@ -195,7 +195,7 @@ class Codec(nn.Module):
     def decode_features(self, latents: Tensor) -> Tensor:
         """Latents (B, T, C) at std 0.5 -> log-magnitudes of mid and side and their cosine, (B, 4 T, 3, bands).
         Network only."""
-        features = self.denormalise(self.decoder(latents / self.latent_scale + self.latent_mean))
+        features = self.denormalize(self.decoder(latents / self.latent_scale + self.latent_mean))
         return torch.cat([torch.minimum(features[:, :, :2], self.ceiling), features[:, :, 2:]], 2)
 
     @torch.inference_mode()
@@ -207,27 +207,27 @@ class Codec(nn.Module):
 
         They lie in [-1, 1] unless `clamp` is off. network: runs in place of `decode_features`, as an engine does.
 
-        `griffin_lim` fast iterations refine the phase (None: the config's number). Raises InvalidInput on other
+        `griffin_lim` fast iterations refine the phase (None: the config's number). Raises InvalidInputError on other
         shapes, on values that are not finite, or when `frames` is more than the latents hold.
         """
         if latents.ndim == 2:
             latents = latents[None]
         if latents.ndim != 3 or latents.shape[2] != self.config.latent_channels or latents.shape[1] == 0:
-            raise InvalidInput(
+            raise InvalidInputError(
                 f"latents must have the shape (batch, time, {self.config.latent_channels}), got {tuple(latents.shape)}"
             )
         most = latents.shape[1] * LATENT_HOP
         frames = most if frames is None else frames
         if not 0 < frames <= most:
-            raise InvalidInput(f"frames must be in 1 .. {most} for {latents.shape[1]} latent frames, got {frames}")
+            raise InvalidInputError(f"frames must be in 1 .. {most} for {latents.shape[1]} latent frames, got {frames}")
         iterations = self.config.griffin_lim if griffin_lim is None else griffin_lim
         if iterations < 0:
-            raise InvalidInput(f"griffin_lim must be 0 or more, got {iterations}")
+            raise InvalidInputError(f"griffin_lim must be 0 or more, got {iterations}")
         latents = latents.to(self._device(), torch.float32)
         if not torch.isfinite(latents).all():
-            raise InvalidInput("latents hold NaN or infinity: the sampler diverged")
+            raise InvalidInputError("latents hold NaN or infinity: the sampler diverged")
         features = (network or self.decode_features)(latents)
-        samples = self.frames.synthesise(features, iterations, self.synthesis_gain)
+        samples = self.frames.synthesize(features, iterations, self.synthesis_gain)
         samples = samples[..., :frames]
         return samples.clamp(-1.0, 1.0) if clamp else samples
 
@@ -249,12 +249,12 @@ class Codec(nn.Module):
 def load_codec(where: str | os.PathLike[str]) -> Codec:
     """A codec on the CPU, fp32, from a codec trainer's run folder or its final/, a weights folder or a shipped model.
 
-    Raises InvalidInput where there is none of these, WeightsError where its files are damaged.
+    Raises InvalidInputError where there is none of these, WeightsError where its files are damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from presto_rt import weights
+    from ..checkpoints import folder as weights
 
     folder = Path(where)
     if (folder / "final").is_dir():
@@ -265,7 +265,7 @@ def load_codec(where: str | os.PathLike[str]) -> Codec:
         except (SafetensorError, ValueError) as error:
             raise WeightsError(f"{folder} is damaged: {error}") from error
     elif folder.is_dir() and not (folder / "config.json").is_file():
-        raise InvalidInput(f"{folder} has no config.json and codec.safetensors: give a codec trainer's run folder")
+        raise InvalidInputError(f"{folder} has no config.json and codec.safetensors: give a codec trainer's run folder")
     else:
         loaded = weights.load(where)
         config, state = loaded.config["codec"], loaded.parts["codec"]

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from ..conditioning.keys import KEY_CHANNELS
 from ..diffusion.precond import sigma_of
-from ..keys import KEY_CHANNELS
+from .config import ModelConfig
 
 KEY_SIGMA = 4.0  # the key is decided above; below it is in the latents themselves
 BEAT_CHANNELS = 5  # sin, cos of beat phase; sin, cos of bar phase; 1 where a tempo is given
@@ -215,7 +215,7 @@ class DiT(nn.Module):
         return vector + self.pooled(condition.pooled.to(dtype)) + self.key((gate * condition.key).to(dtype))
 
     @torch.no_grad()
-    def hear_budgets_as_full(self) -> None:
+    def reset_budget_embedding(self) -> None:
         """Answer to every budget as to 1, which stays as it was.
 
         A network that was only ever told 1 has learned that one column of the embedding; what it says to others is

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_testing import DTYPES, assert_no_worse, poisoned, strided
 from presto_rt.kernels import adaln
 
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInputError
+from tests.support.kernels import DTYPES, assert_no_worse, poisoned, strided
 
 
 def plain_norm(x, norm, eps=1e-6):
@@ -154,5 +154,5 @@ def test_any_shape(batch, tokens, width, norm, gated):
 )
 def test_bad_input(change, message):
     arguments = {"x": torch.randn(1, 4, 8), "table": torch.randn(6, 8), "shift": 0, "scale": 1} | change
-    with pytest.raises(InvalidInput, match=message.replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(InvalidInputError, match=message.replace("(", r"\(").replace(")", r"\)")):
         adaln.norm_modulate(**arguments)

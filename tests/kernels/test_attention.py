@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_testing import assert_no_worse, poisoned
 from presto_rt.kernels import attention as op
 from presto_rt.kernels.attention import attention, attention_reference, visible
 
-from presto_rt.errors import BackendUnavailable, InvalidInput, MissingDependency
+from presto_rt.errors import BackendUnavailableError, InvalidInputError, MissingDependencyError
+from tests.support.kernels import assert_no_worse, poisoned
 
 # batch, heads, queries, keys, head dim; key lengths; window
 CASES = [
@@ -120,14 +120,14 @@ def test_any_mask(data, batch, tokens, dim):
     ],
 )
 def test_bad_input(change, message):
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         attention(**({name: torch.randn(1, 2, 4, 64) for name in "qkv"} | change))
 
 
 def test_named_backends_that_cannot():
     q, k, v = tensors((1, 1, 4, 4, 64), torch.float32, "cpu")
-    with pytest.raises(BackendUnavailable, match="takes no mask"):
+    with pytest.raises(BackendUnavailableError, match="takes no mask"):
         attention(q, k, v, window=1, backend="sdpa-flash")
     if not torch.cuda.is_available():
-        with pytest.raises(MissingDependency, match="pip install flash-attn"):
+        with pytest.raises(MissingDependencyError, match="pip install flash-attn"):
             attention(q, k, v, backend="flash-attn")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInputError
 
 ROOT = Path(__file__).parents[2]
 TOP = {"bandwidth": 1e9, "product": 1e9}
@@ -103,7 +103,7 @@ def test_a_way_that_fails_leaves_the_others(bench, tmp_path):
     from bench.kernels.worker import time_case
 
     def broken(x):
-        raise InvalidInput("no such peer")
+        raise InvalidInputError("no such peer")
 
     ways = {"eager": torch.neg, "peer": broken, "presto": torch.neg}
     case = Case("pcm", "3", lambda: (torch.ones(3),), ways, 24, 3)
@@ -111,5 +111,5 @@ def test_a_way_that_fails_leaves_the_others(bench, tmp_path):
     time_case(case, Ceiling(**TOP), tmp_path / "rows", options)
     rows = [json.loads(text) for text in (tmp_path / "rows").read_text().splitlines()]
     assert [r["way"] for r in rows] == ["eager", "peer", "presto"]
-    assert rows[1]["left_out"] == "InvalidInput: no such peer"
+    assert rows[1]["left_out"] == "InvalidInputError: no such peer"
     assert rows[0]["seconds"]["n"] >= 5

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_testing import assert_no_worse, poisoned, strided
 from presto_rt.kernels import conv_transpose1d as up
 from presto_rt.kernels import snake_conv1d as op
 from presto_rt.kernels.conv_transpose1d import conv_transpose1d
 from presto_rt.kernels.snake_conv1d import snake_conv1d
 
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInputError
+from tests.support.kernels import assert_no_worse, poisoned, strided
 
 
 def snake(x, alpha, beta):
@@ -129,7 +129,7 @@ def test_any_geometry(data, inward, outward, length):
     ],
 )
 def test_bad_input(change, message):
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         snake_conv1d(**({"x": torch.randn(1, 4, 9), "weight": torch.randn(3, 6, 4)} | change))
 
 
@@ -145,5 +145,5 @@ def test_bad_input(change, message):
 )
 def test_bad_transposed_input(change, message):
     weight = up.pack(torch.randn(4, 6, 4), 2)
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         conv_transpose1d(**({"x": torch.randn(1, 4, 9), "weight": weight, "stride": 2, "kernel_size": 4} | change))

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_testing import assert_no_worse, poisoned, strided
 from presto_rt.kernels import cross_attention as op
 from presto_rt.kernels.cross_attention import cross_attention, cross_attention_reference, hold_keys_values
 
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInputError
+from tests.support.kernels import assert_no_worse, poisoned, strided
 
 
 def plain(q, k, v, q_weight, lengths):
@@ -112,12 +112,12 @@ def test_any_shape(data, batch, tokens, keys, heads):
 )
 def test_bad_input(change, message):
     arguments = {"q": torch.randn(1, 4, 128), "k": torch.randn(1, 2, 9, 64), "v": torch.randn(1, 2, 9, 64)}
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         cross_attention(**(arguments | change))
 
 
 def test_bad_projection():
-    with pytest.raises(InvalidInput, match="states have 8 channels, weight takes 9"):
+    with pytest.raises(InvalidInputError, match="states have 8 channels, weight takes 9"):
         hold_keys_values(torch.randn(1, 4, 8), torch.randn(2, 32, 9), 1)
-    with pytest.raises(InvalidInput, match="heads do not divide"):
+    with pytest.raises(InvalidInputError, match="heads do not divide"):
         hold_keys_values(torch.randn(1, 4, 8), torch.randn(2, 32, 8), 3)

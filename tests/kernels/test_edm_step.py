@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_testing import assert_no_worse, poisoned
 from presto_rt.kernels import edm_step as op
 from presto_rt.kernels.edm_step import (
     coefficients,
@@ -18,8 +17,9 @@ from presto_rt.kernels.edm_step import (
     trajectory_step_reference,
 )
 
-from presto_rt import noise
-from presto_rt.errors import InvalidInput
+from presto_rt.diffusion import noise
+from presto_rt.errors import InvalidInputError
+from tests.support.kernels import assert_no_worse, poisoned
 
 
 def edm(sigma, sigma_data=0.5):
@@ -147,7 +147,7 @@ def test_bad_input(change, message):
     if message is None:
         edm_step(**arguments)
         return
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         edm_step(**arguments)
 
 
@@ -198,5 +198,5 @@ def test_a_step_with_a_memory(device, dtype, guided, stream, copies, edited):
 def test_bad_input_of_a_step_with_a_memory(change, message):
     arguments = {"x": torch.randn(1, 3, 4), "history": torch.randn(1, 3, 4), "conditional": torch.randn(1, 3, 4),
                  "update": torch.randn(9), "network_input": torch.empty(1, 3, 4)}  # fmt: skip
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         trajectory_step(**arguments | change)

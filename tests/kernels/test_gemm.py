@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_testing import assert_no_worse, error, poisoned, strided
 from presto_rt.kernels import gemm as op
 from presto_rt.kernels.gemm import linear, linear_gate_residual, linear_gate_residual_reference, linear_reference, tile
 
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInputError
+from tests.support.kernels import assert_no_worse, error, poisoned, strided
 
 FP8 = torch.float8_e4m3fn
 ACT = {
@@ -163,13 +163,13 @@ def test_tiles_fill_the_chip():
     ],
 )
 def test_bad_input(change, message):
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         linear(**({"x": torch.randn(1, 4, 8), "weight": torch.randn(6, 8)} | change))
 
 
 def test_bad_gate():
     x, weight, residual = torch.randn(1, 4, 8), torch.randn(6, 8), torch.randn(1, 4, 6)
-    with pytest.raises(InvalidInput, match=r"row offsets \[3\] must lie in 0..1"):
+    with pytest.raises(InvalidInputError, match=r"row offsets \[3\] must lie in 0..1"):
         linear_gate_residual(x, weight, None, residual, torch.randn(2, 6), gate=3)
-    with pytest.raises(InvalidInput, match="residual has shape"):
+    with pytest.raises(InvalidInputError, match="residual has shape"):
         linear_gate_residual(x, weight, None, residual[:, :3])

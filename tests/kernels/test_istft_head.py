@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_testing import DTYPES, assert_no_worse, poisoned, strided
 from presto_rt.kernels import istft_head as op
 from presto_rt.kernels.istft_head import istft_head, overlap_add, overlap_add_reference, spectrum
 
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInputError
+from tests.support.kernels import DTYPES, assert_no_worse, poisoned, strided
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,7 +125,7 @@ def test_any_overlap(data, count, size, padding):
     ],
 )
 def test_bad_input(call, message):
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         call()
 
 

@@ -8,8 +8,8 @@ from presto_rt.kernels import pcm as op
 from presto_rt.kernels.edm_step import seeds_tensor
 from presto_rt.kernels.pcm import pcm
 
-from presto_rt import pcm as package
-from presto_rt.errors import InvalidInput
+from presto_rt.audio import pcm as package
+from presto_rt.errors import InvalidInputError
 
 
 def test_the_dither_stream_is_the_packages():
@@ -57,5 +57,5 @@ def test_any_shape(channels, frames, seed):
     ],
 )
 def test_bad_input(change, message):
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         pcm(**({"samples": torch.randn(1, 2, 5)} | change))

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_testing import assert_no_worse, poisoned, strided
 from presto_rt.kernels import qk_norm_rope as op
 from presto_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference, rotary_table
 
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInputError
+from tests.support.kernels import assert_no_worse, poisoned, strided
 
 
 def plain(qkv, heads, angles, norm, pairs, weights):
@@ -113,5 +113,5 @@ def test_any_shape(batch, tokens, heads, half, rest, norm, pairs):
 )
 def test_bad_input(change, message):
     cos, sin = rotary_table(4, 16)
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         qk_norm_rope(**({"qkv": torch.randn(1, 4, 96), "heads": 2, "cos": cos, "sin": sin} | change))

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from presto_rt.kernels import OPERATORS, report, runtime
 
-from presto_rt.errors import InvalidInput
+from presto_rt.errors import InvalidInputError
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -120,8 +120,8 @@ def test_the_report_fails_when_a_kernel_does_not_fit(monkeypatch, capsys):
 
 
 def test_bad_requests(monkeypatch):
-    with pytest.raises(InvalidInput, match="operator 'softmax' is unknown"):
+    with pytest.raises(InvalidInputError, match="operator 'softmax' is unknown"):
         next(iter(report.configurations(90, ["softmax"])))
     monkeypatch.setattr(runtime, "interpreting", True)
-    with pytest.raises(InvalidInput, match="unset it"):
+    with pytest.raises(InvalidInputError, match="unset it"):
         report.main([])

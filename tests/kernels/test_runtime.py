@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_testing import assert_written_once, interpreted_only
 from presto_rt.kernels import adaln, runtime
 from presto_rt.kernels.choice import Choice
 from presto_rt.kernels.runtime import INTERPRET, dot, jit, tl  # noqa: F401  (kernels below see them as globals)
 
 from presto_rt import kernels, native
-from presto_rt.errors import BackendUnavailable, InvalidInput, MissingDependency
+from presto_rt.errors import BackendUnavailableError, InvalidInputError, MissingDependencyError
+from tests.support.kernels import assert_written_once, interpreted_only
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,7 +57,7 @@ for _ in range(2):  # the second time says nothing
     assert torch.ops.presto_rt.pcm(torch.zeros(1, 2, 3)).shape == (1, 3, 2)
 try:
     kernels.adaln.norm_modulate(torch.randn(1, 3, 8), backend="triton")
-except kernels.adaln.runtime.BackendUnavailable as error:
+except kernels.adaln.runtime.BackendUnavailableError as error:
     errors.append(str(error))
 found = {name: importlib.util.find_spec(name) is not None for name in ("triton", "presto_rt._C")}
 print(json.dumps({"lines": lines, "errors": errors, "found": found, "gpu": torch.cuda.is_available()}))
@@ -104,7 +104,7 @@ def test_each_missing_part_costs_one_log_line(tmp_path, removed):
 
 def test_the_report_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(runtime, "triton", None)
-    with pytest.raises(MissingDependency, match="pip install triton"):
+    with pytest.raises(MissingDependencyError, match="pip install triton"):
         kernels.report.main(["adaln"])
 
 
@@ -118,7 +118,7 @@ def test_unknown_names():
 def test_every_operator_has_its_parts(name):
     module = importlib.import_module(f"presto_rt.kernels.{name}")
     public = getattr(module, name, None) or module.norm_modulate if name != "gemm" else module.linear
-    assert "Raises InvalidInput" in public.__doc__
+    assert "Raises InvalidInputError" in public.__doc__
     assert any(part.endswith("_reference") for part in dir(module))
     assert callable(module.shipped)
 
@@ -197,10 +197,10 @@ def test_recording_notes_and_runs_nothing():
 def test_backends_by_name():
     x = torch.randn(1, 3, 8)
     assert runtime.use_triton(x, "torch") is False
-    with pytest.raises(InvalidInput, match="use 'auto', 'triton' or 'torch'"):
+    with pytest.raises(InvalidInputError, match="use 'auto', 'triton' or 'torch'"):
         runtime.use_triton(x, "cuda")
     if not runtime.interpreting:
-        with pytest.raises(BackendUnavailable, match="move it to a GPU"):
+        with pytest.raises(BackendUnavailableError, match="move it to a GPU"):
             runtime.use_triton(x, "triton")
 
 
@@ -218,7 +218,7 @@ def test_choice_takes_the_fastest_that_works(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     ways = {"slow": lambda: "slow", "fast": lambda: "fast", "broken": lambda: AssertionError("head dim\nand more"),
-            "missing": lambda: MissingDependency("not installed")}  # fmt: skip
+            "missing": lambda: MissingDependencyError("not installed")}  # fmt: skip
     choice, first, second = Choice("test"), torch.device("cuda", 0), torch.device("cuda", 1)
     assert choice.fastest(first, "key", lambda: ways, "slow") == "fast"
     assert choice.fastest(first, "key", dict, "slow") == "fast"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from presto_rt.kernels.spsi import spsi, spsi_reference
 
-from presto_rt.errors import InvalidInput
-from presto_rt.models.codec_features import spsi_numpy
+from presto_rt.errors import InvalidInputError
+from presto_rt.models.spectral import spsi_numpy
 
 
 def poisoned(*shape, device):
@@ -69,5 +69,5 @@ def test_not_a_number_stays_in_its_place(device):
     ],
 )
 def test_bad_input(arguments, message):
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         spsi(*arguments)

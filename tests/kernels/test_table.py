@@ -9,20 +9,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_testing import SCHEDULES, conditions, double, plainly, random_dit, relative
 
-from presto_rt import noise
-from presto_rt.config import ModelConfig, preset
+from presto_rt.diffusion import noise
 from presto_rt.diffusion.guidance import Guidance
 from presto_rt.diffusion.schedule import LayerSchedule
-from presto_rt.engine import Engine
-from presto_rt.engine.arena import aliased, place
-from presto_rt.engine.cuda import OPERATORS, CudaOps, noise_of, unavailable
-from presto_rt.engine.forward import buffers, in_fp8
-from presto_rt.engine.plan import Edit
-from presto_rt.engine.reference import ReferenceOps
-from presto_rt.engine.trajectory import write_out
-from presto_rt.errors import InvalidInput
+from presto_rt.diffusion.trajectory import compile_trajectory
+from presto_rt.errors import InvalidInputError
+from presto_rt.models.config import ModelConfig, preset
+from presto_rt.runtime.cuda.ops import OPERATORS, CudaOps, noise_of, unavailable
+from presto_rt.runtime.dit import buffers, in_fp8
+from presto_rt.runtime.eager.ops import ReferenceOps
+from presto_rt.runtime.engine import Engine
+from presto_rt.runtime.memory import aliased, place
+from presto_rt.runtime.plan import Edit
+from tests.support.networks import SCHEDULES, conditions, double, plainly, random_dit, relative
 
 ODD = ModelConfig(name="odd", width=96, blocks=1, head_dim=48, mlp_ratio=3, latent_channels=13)
 GUIDANCES = (Guidance(2.0), Guidance())
@@ -51,7 +51,7 @@ def test_it_is_the_model_for_every_layer_schedule(device, schedule):
     # In the interpreter, products by Triton take as long as all else; the first schedule has them.
     engine = cuda_engine(model, device, plain=["gemm"] if schedule else [])
     levels, guidance = [5.0, 0.0], GUIDANCES[schedule % 2]
-    runs = write_out("euler", levels, guidance, layers, config.network, config.sigma_data)
+    runs = compile_trajectory("euler", levels, guidance, layers, config.network, config.sigma_data)
     got = run(engine, runs, c, u, frames, seeds)
     want = plainly(model.double(), "euler", levels, guidance, layers, double(c), double(u), frames, seeds)
     plain = plainly(model.float(), "euler", levels, guidance, layers, c, u, frames, seeds)
@@ -65,7 +65,7 @@ def test_odd_sizes_with_guidance_in_every_dtype(device, dtype):
     model, frames = random_dit(ODD), 21
     c, u = conditions(model, 2, frames)
     levels, layers, guidance = [4.0, 1.0, 0.0], LayerSchedule.full(1), Guidance(2.0, (2.0, 9.0))
-    runs = write_out("few_step", levels, guidance, layers, "edm", 0.5)
+    runs = compile_trajectory("few_step", levels, guidance, layers, "edm", 0.5)
     engine = cuda_engine(model, device, dtype, ["gemm"])
     got = run(engine, runs, c, u, frames, [5, 6])
     want = plainly(model, "few_step", levels, guidance, layers, c, u, frames, [5, 6])
@@ -88,7 +88,7 @@ def test_every_kind_of_step(device, sampler, network):
     c, u = conditions(model, 1, 11)
     levels, layers = [20.0, 3.0, 1.0, 0.0], LayerSchedule.full(1)
     for guidance in (Guidance(), Guidance(2.0)):
-        runs = write_out(sampler, levels, guidance, layers, network, 0.5)
+        runs = compile_trajectory(sampler, levels, guidance, layers, network, 0.5)
         got = run(cuda_engine(model, device, plain=all_but("step")), runs, c, u, 11, [3])
         want = plainly(model.double(), sampler, levels, guidance, layers, double(c), double(u), 11, [3])
         plain = plainly(model.float(), sampler, levels, guidance, layers, c, u, 11, [3])
@@ -101,7 +101,7 @@ def test_padding_changes_nothing_and_edits_are_those_of_the_reference(device):
     model, frames, padded = random_dit(replace(preset("tiny"), blocks=1)), 13, 21
     c, u = conditions(model, 2, padded)
     short = replace(c, beat=c.beat[:, :frames]), replace(u, beat=u.beat[:, :frames])
-    runs = write_out("few_step", [5.0, 1.0, 0.0], Guidance(2.0), LayerSchedule.full(1), "edm", 0.5)
+    runs = compile_trajectory("few_step", [5.0, 1.0, 0.0], Guidance(2.0), LayerSchedule.full(1), "edm", 0.5)
     init, keep = torch.randn(2, padded, 64), torch.rand(2, padded).round()
     engine = cuda_engine(model, device, plain=("norm", "qk", "cross", "gemm"))
     reference = Engine(model, ReferenceOps(), threads=1)
@@ -131,12 +131,12 @@ def test_noise_of_all_clips_is_each_clips_own(device):
 def test_each_operator_can_be_plain_torch(device):
     model = random_dit(replace(preset("tiny"), blocks=1))
     c, u = conditions(model, 1, 9)
-    runs = write_out("few_step", [5.0, 0.0], Guidance(2.0), LayerSchedule.full(1), "edm", 0.5)
+    runs = compile_trajectory("few_step", [5.0, 0.0], Guidance(2.0), LayerSchedule.full(1), "edm", 0.5)
     want = run(Engine(model, ReferenceOps(), threads=1), runs, c, u, 9, [1])
     for name in OPERATORS:
         engine = cuda_engine(model, device, plain=all_but(name))
         assert relative(run(engine, runs, c, u, 9, [1]), want) < 1e-5
-    with pytest.raises(InvalidInput, match="norm"):
+    with pytest.raises(InvalidInputError, match="norm"):
         CudaOps(torch.float32, device, ["magic"])
 
 
@@ -164,9 +164,9 @@ def test_products_in_fp8_are_those_of_rounded_numbers(device):
     table, base = torch.randn(1, 2, 64, device=device), torch.zeros(1, 37, 64, device=device)
     normed = in_fp8(torch.empty(1, 37, 64, dtype=torch.bfloat16, device=device))
     branch, residual = x.bfloat16(), torch.empty_like(base)
-    ops.residual_norm_modulate(base, branch, table, None, 0, 1, residual, normed, 0.05)
+    ops.adaln(base, branch, table, None, 0, 1, residual, normed, 0.05)
     wide = torch.empty_like(branch)
-    ops.residual_norm_modulate(base, branch, table, None, 0, 1, residual, wide)
+    ops.adaln(base, branch, table, None, 0, 1, residual, wide)
     torch.testing.assert_close(normed.double() * 0.05, wide.double(), rtol=0.07, atol=0.05)
 
 
@@ -176,7 +176,7 @@ def test_all_of_it_lies_in_the_arena(config):
     model = random_dit(config)
     c, u = conditions(model, 1, 21)
     engine = Engine(model, CudaOps(torch.bfloat16, "cpu", backend="torch"), threads=1)
-    runs = write_out("euler", [2.0, 0.0], Guidance(2.0), LayerSchedule.full(config.blocks), "edm", 0.5)
+    runs = compile_trajectory("euler", [2.0, 0.0], Guidance(2.0), LayerSchedule.full(config.blocks), "edm", 0.5)
     listed = buffers(engine.plan(runs, c, u, 21), engine.ops)
     assert {"packed", "branch", "hidden", "cross_q", "output"} <= {b.name for b in listed}
     offsets = place(listed)

@@ -9,7 +9,6 @@ import itertools
 
 import pytest
 import torch
-from kernel_testing import assert_written_once, interpreted_only, strided
 from presto_rt.kernels import (
     OPERATORS,
     adaln,
@@ -25,6 +24,8 @@ from presto_rt.kernels.attention import attention
 from presto_rt.kernels.cross_attention import cross_attention
 from presto_rt.kernels.gemm import linear, linear_gate_residual
 from presto_rt.kernels.pcm import pcm
+
+from tests.support.kernels import assert_written_once, interpreted_only, strided
 
 MODULES = [importlib.import_module(f"presto_rt.kernels.{name}") for name in OPERATORS]
 KERNELS = {

@@ -1,0 +1,1 @@
+"""Prompts, tempos and keys as inputs of a network."""

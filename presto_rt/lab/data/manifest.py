@@ -1,0 +1,147 @@
+"""The manifest of a data set: one record per audio file, written atomically, hashed over what the data *are*.
+
+The hash covers ids, MIDI bytes and captions of rendered pieces and source bytes of recordings, never sample values:
+the same seed gives the same hash with any number of workers and any floating-point unit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ...errors import InvalidInputError
+
+VERSION = 1
+KINDS = ("solo", "duo", "band", "recording")
+SPLITS = ("train", "val", "test")
+
+
+@dataclass
+class Item:
+    """One audio file. `seconds` and `beat_offset_seconds` (time of the first downbeat) are in seconds of that file."""
+
+    id: str
+    kind: str
+    split: str
+    path: str
+    seconds: float
+    composition: str
+    content: str  # sha-256 of what the sound was made from
+    source: str
+    licence: str
+    captions: list[str] = field(default_factory=list)
+    instruments: list[str] = field(default_factory=list)
+    style: str | None = None
+    bpm: float | None = None
+    beats_per_bar: int | None = None
+    beat_offset_seconds: float | None = None
+    key: str | None = None
+    mode: str | None = None
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Item:
+        """Build from a JSON object; fields of newer versions are ignored."""
+        known = {f.name for f in fields(cls)}
+        try:
+            return cls(**{k: v for k, v in record.items() if k in known})
+        except TypeError as error:
+            raise InvalidInputError(f"manifest record {record.get('id', '?')!r} is incomplete: {error}") from error
+
+
+@dataclass
+class Manifest:
+    """All items of a data set below `root`."""
+
+    root: Path
+    seed: int
+    items: list[Item]
+    complete: bool = True
+    version: int = VERSION
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over (id, content) of all items, independent of their order."""
+        digest = hashlib.sha256()
+        for item in sorted(self.items, key=lambda i: i.id):
+            digest.update(f"{item.id} {item.content}\n".encode())
+        return digest.hexdigest()
+
+    def hours(self, kind: str | None = None, split: str | None = None) -> float:
+        """Hours of audio of a kind and split (None: all)."""
+        chosen = (i for i in self.items if kind in (None, i.kind) and split in (None, i.split))
+        return sum(i.seconds for i in chosen) / 3600
+
+    def save(self) -> Path:
+        """Write `root/manifest.json` atomically and return its path."""
+        record = {
+            "version": self.version,
+            "seed": self.seed,
+            "hash": self.hash,
+            "complete": self.complete,
+            "items": [asdict(i) for i in self.items],
+        }
+        path = self.root / "manifest.json"
+        write_atomic(path, json.dumps(record, indent=0).encode())
+        return path
+
+
+def load_manifest(root: str | os.PathLike[str]) -> Manifest:
+    """Read `root/manifest.json`.
+
+    Raises InvalidInputError when there is none, it is damaged, or it is of another version.
+    """
+    path = Path(root) / "manifest.json"
+    if not path.is_file():
+        raise InvalidInputError(f"no data set at {root}: build one with `presto-rt data build --root {root}`")
+    try:
+        record = json.loads(path.read_text())
+        if record.get("version") != VERSION:
+            raise InvalidInputError(
+                f"{path} is of version {record.get('version')}, this code reads {VERSION}: rebuild it"
+            )
+        items = [Item.from_dict(r) for r in record["items"]]
+        return Manifest(Path(root), record["seed"], items, record.get("complete", True))
+    except InvalidInputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidInputError(
+            f"{path} is damaged ({error}): run `presto-rt data build --root {root}` again, which keeps the audio"
+        ) from error
+
+
+def collect(root: Path, folders: Iterable[str] = ("recordings", "rendered")) -> list[Item]:
+    """Read the item files that lie beside the audio (written after it, so the audio is whole), ordered by id."""
+    found: list[Item] = []
+    for folder in folders:
+        found += [Item.from_dict(json.loads(path.read_text())) for path in (root / folder).glob("**/*.json")]
+    return sorted(found, key=lambda i: i.id)
+
+
+def write_atomic(path: Path, payload: bytes) -> None:
+    """Write beside the target, then rename: a reader or a killed build never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(payload)
+    os.replace(temporary, path)
+
+
+def write_item(root: Path, item: Item) -> None:
+    """Write the record of a finished audio file beside it."""
+    path = (root / item.path).with_suffix(".json")
+    write_atomic(path, json.dumps(asdict(item), indent=0).encode())
+
+
+def fraction(text: str) -> float:
+    """A hash of `text` in [0, 1), the same on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+def split_of(composition: str, val: float = 0.05, test: float = 0.05) -> str:
+    """The split of a composition: decided by its name alone, so all its renderings fall together."""
+    at = fraction("split " + composition)
+    return "test" if at < test else "val" if at < test + val else "train"

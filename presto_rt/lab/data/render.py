@@ -1,0 +1,132 @@
+"""Scores to sound: TinySoundFont with MuseScore's General MIDI soundfont, a light room, and a steady loudness."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import MissingDependencyError
+from .midi import DRUMS, Score
+
+SAMPLE_RATE = 44100
+SOUNDFONTS = (
+    "/usr/share/sounds/sf3/MuseScore_General_Lite.sf3",
+    "/usr/share/sounds/sf3/MuseScore_General.sf3",
+    "/usr/share/sounds/sf3/default-GM.sf3",
+)
+MAX_VOICES = 96
+FADE_SECONDS = 0.35
+ROOM_SECONDS = 0.8
+
+
+def soundfont() -> str:
+    """Path of the soundfont: PRESTO_RT_SOUNDFONT, or Debian's. Raises MissingDependencyError when there is none."""
+    chosen = os.environ.get("PRESTO_RT_SOUNDFONT")
+    found = [p for p in ([chosen] if chosen else SOUNDFONTS) if Path(p).is_file()]
+    if not found:
+        where = f"PRESTO_RT_SOUNDFONT={chosen} is not there" if chosen else "no General MIDI soundfont found"
+        raise MissingDependencyError(f"{where}: apt-get install musescore-general-soundfont-small")
+    return found[0]
+
+
+@lru_cache(maxsize=1)
+def _synth(path: str) -> tuple[Any, int]:
+    """One synthesizer per process: loading the compressed soundfont takes seconds."""
+    try:
+        import tinysoundfont  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise MissingDependencyError("rendering needs tinysoundfont: pip install --no-deps tinysoundfont") from error
+    synth = tinysoundfont.Synth(samplerate=SAMPLE_RATE)
+    return synth, synth.sfload(path, max_voices=MAX_VOICES)
+
+
+def synthesize(score: Score, bpm: float, offset: float, seconds: float) -> np.ndarray:
+    """Dry sound of a score, float32 (2, frames): beat 0 at `offset` seconds, `seconds` long."""
+    synth, font = _synth(soundfont())
+    for channel in range(16):
+        synth.sounds_off(channel)
+    synth.generate(SAMPLE_RATE // 4)  # voices of the piece before die away unheard
+    used = {note.channel for note in score.notes}
+    for channel in used:
+        if channel == DRUMS:
+            synth.program_select(channel, font, 128, 0, True)
+        else:
+            synth.program_select(channel, font, 0, score.programs.get(channel, 0))
+        for controller, default in ((7, 100), (10, 64), (11, 127)):
+            synth.control_change(channel, controller, score.controls.get((channel, controller), default))
+    frames = round(seconds * SAMPLE_RATE)
+    beat = 60 / bpm * SAMPLE_RATE
+    events: list[tuple[int, int, int, int, int]] = []
+    for note in score.notes:
+        start = round(offset * SAMPLE_RATE + note.start * beat)
+        stop = max(round(offset * SAMPLE_RATE + (note.start + note.duration) * beat), start + 64)
+        events.append((start, 1, note.channel, note.key, note.velocity))
+        events.append((stop, 0, note.channel, note.key, 0))
+    events.sort()
+    sound = bytearray(frames * 8)
+    view, position = memoryview(sound), 0
+    for time, on, channel, key, velocity in events:
+        if time >= frames:
+            break
+        if time > position:
+            synth.generate(time - position, view[position * 8 : time * 8])
+            position = time
+        if on:
+            synth.noteon(channel, key, velocity)
+        else:
+            synth.noteoff(channel, key)
+    if position < frames:
+        synth.generate(frames - position, view[position * 8 :])
+    return np.ascontiguousarray(np.frombuffer(sound, np.float32).reshape(-1, 2).T)
+
+
+def room(dry: np.ndarray, seed: int) -> np.ndarray:
+    """Add a small room: two different decaying noises, so that centred sounds get width too. Shape (2, frames)."""
+    from scipy.fft import irfft, next_fast_len, rfft
+
+    rng = np.random.default_rng(seed)
+    length = int(ROOM_SECONDS * SAMPLE_RATE)
+    decay = rng.uniform(0.25, 0.8)  # seconds to -60 dB
+    predelay = int(rng.uniform(0.008, 0.025) * SAMPLE_RATE)
+    wet = 10 ** (rng.uniform(-21, -11) / 20)
+    time = np.arange(length) / SAMPLE_RATE
+    noise = rng.standard_normal((2, length)) * 10 ** (-3 * time / decay)
+    noise[:, 1:] = 0.5 * (noise[:, 1:] + noise[:, :-1])  # rooms are dull
+    response = np.zeros((2, length + predelay))
+    response[:, predelay:] = wet * noise / np.sqrt((noise**2).sum(axis=1, keepdims=True))
+    size = next_fast_len(dry.shape[1] + response.shape[1] - 1, real=True)
+    source = rfft(dry.mean(axis=0), size)
+    reverb = irfft(source * rfft(response.astype(np.float32), size), size)[:, : dry.shape[1]]
+    return dry + reverb.astype(np.float32)
+
+
+def level(samples: np.ndarray, target_db: float) -> np.ndarray:
+    """Scale to an RMS of `target_db` dBFS in the louder half of the piece; peaks are rounded off below 0.98."""
+    window = int(0.4 * SAMPLE_RATE)
+    count = max(1, samples.shape[1] // window)
+    power = (samples[:, : count * window] ** 2).reshape(2, count, -1).mean(axis=(0, 2))
+    loud = float(np.sqrt(np.sort(power)[count // 2 :].mean()))
+    if loud <= 0:
+        return samples
+    peak = float(np.abs(samples).max())
+    gain = min(10 ** (target_db / 20) / loud, 1.35 / peak)
+    scaled = samples * np.float32(gain)
+    knee, top = 0.75, 0.97
+    over = np.abs(scaled) > knee
+    hot = scaled[over]
+    scaled[over] = np.sign(hot) * (knee + (top - knee) * np.tanh((np.abs(hot) - knee) / (top - knee)))
+    return scaled
+
+
+def render(score: Score, bpm: float, offset: float, seconds: float, seed: int) -> np.ndarray:
+    """A finished stereo piece, float32 (2, frames) in (-0.98, 0.98)."""
+    dry = synthesize(score, bpm, offset, seconds)
+    wet = room(dry, seed)
+    finished = level(wet, float(np.random.default_rng(seed + 1).uniform(-18.0, -15.0)))
+    fade = int(FADE_SECONDS * SAMPLE_RATE)
+    finished[:, -fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
+    return finished

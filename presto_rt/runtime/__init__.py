@@ -1,0 +1,1 @@
+"""The runtime: plans, static memory and the backends that execute them."""
