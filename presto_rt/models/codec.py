@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InvalidInputError, WeightsError
+from ..errors import GenerationError, InvalidInputError, WeightsError
 from .spectral import FRAME_HOP, FRAMES_PER_LATENT, LATENT_HOP, SAMPLE_RATE, SpectralFrames
 
 SIGMA_DATA = 0.5
@@ -208,7 +208,7 @@ class Codec(nn.Module):
         They lie in [-1, 1] unless `clamp` is off. network: runs in place of `decode_features`, as an engine does.
 
         `griffin_lim` fast iterations refine the phase (None: the config's number). Raises InvalidInputError on other
-        shapes, on values that are not finite, or when `frames` is more than the latents hold.
+        shapes or when `frames` is more than the latents hold, GenerationError on values that are not finite.
         """
         if latents.ndim == 2:
             latents = latents[None]
@@ -225,7 +225,7 @@ class Codec(nn.Module):
             raise InvalidInputError(f"griffin_lim must be 0 or more, got {iterations}")
         latents = latents.to(self._device(), torch.float32)
         if not torch.isfinite(latents).all():
-            raise InvalidInputError("latents hold NaN or infinity: the sampler diverged")
+            raise GenerationError("the sampler diverged: latents hold NaN or infinity; try another sampler or seed")
         features = (network or self.decode_features)(latents)
         samples = self.frames.synthesize(features, iterations, self.synthesis_gain)
         samples = samples[..., :frames]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...conditioning.minilm import TextEncoder
-from ...errors import InvalidInputError, OutOfMemoryError
+from ...errors import GenerationError, OutOfMemoryError
 from ...kernels.pcm import pcm
 from ...models.codec import Codec
 from ...models.dit import Condition, DiT
@@ -155,12 +155,12 @@ class Entry:
         mark("end")
 
     def run(self, request: Request, captured: float) -> Result:
-        """Replays for a request; raises InvalidInputError where the sampler diverged."""
+        """Replays for a request; raises GenerationError if the sampler diverged."""
         self.inputs.write(request)
         self.recording.replay()
         host, clips, n = self.outputs.host, len(request.prompts), request.samples
         if not host.tensor("finite")[:clips].all():
-            raise InvalidInputError("latents hold NaN or infinity: the sampler diverged")
+            raise GenerationError("the sampler diverged: latents hold NaN or infinity; try another sampler or seed")
         samples = host.tensor("samples")[:clips]
         samples = samples[:, :n] if self.shape.output == "pcm16" else samples[..., :n]
         latents = host.tensor("latents")[:clips, : request.frames]
@@ -208,7 +208,7 @@ class GraphEngine:
         return lambda: CudaGraph(stream, pool, self.graphed)
 
     def run(self, request: Request) -> Result:
-        """Sound and latents of a request. Raises InvalidInputError, or OutOfMemoryError; the engine can be used after."""
+        """Sound and latents of a request. Raises InvalidInputError, OutOfMemoryError or GenerationError."""
         request.check(self.config)
         shape = shape_of(request, calibrated=self.fp8 is not None)
         with self._lane(shape) as lane, torch.inference_mode():
