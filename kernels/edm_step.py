@@ -141,7 +141,7 @@ def seeds_tensor(seeds: list[int], device: torch.device | str = "cpu") -> Tensor
 
 def normal_reference(seeds: Tensor, shape: tuple[int, ...], *, stream: int = 0, scale: float = 1.0) -> Tensor:
     """`normal` by the package's own generator, clip by clip."""
-    from ..noise import normal as package_normal
+    from ..diffusion.noise import normal as package_normal
 
     clips = [package_normal(seed % 2**64, shape, stream=stream, device=seeds.device) for seed in seeds.tolist()]
     return torch.stack(clips) * scale
