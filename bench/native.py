@@ -15,7 +15,7 @@ import torch
 from results import save, spread, table
 
 from presto_rt import native
-from presto_rt.audio.pcm import to_pcm, to_pcm_torch
+from presto_rt.audio.pcm import to_pcm, to_pcm_reference
 from presto_rt.diffusion.noise import normal, normal_torch
 from presto_rt.models.spectral import FRAME_HOP, N_FFT, spsi_numpy
 from presto_rt.overlap import overlap_add, overlap_add_torch
@@ -56,14 +56,14 @@ def cases() -> list[Case]:
         (
             "to_pcm, 16 bits",
             lambda: to_pcm(samples, dither=False),
-            lambda: to_pcm_torch(samples, 16, dither=False, seed=0),
+            lambda: to_pcm_reference(samples, 16, dither=False, seed=0),
             6 * samples.numel(),
             0.0,
         ),
         (
             "to_pcm, 16 bits, dither",
             lambda: to_pcm(samples),
-            lambda: to_pcm_torch(samples, 16, dither=True, seed=0),
+            lambda: to_pcm_reference(samples, 16, dither=True, seed=0),
             6 * samples.numel(),
             0.0,
         ),

@@ -1,4 +1,4 @@
-"""Audio: what it accepts, what lands on disk, and reading it back."""
+"""Audio clips: validation, files on disk, reading back, resampling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 
-from presto_rt.audio.clip import Audio, check_writable, load
+from presto_rt.audio import Audio, check_writable, load
 from presto_rt.audio.resample import resample
 from presto_rt.errors import InvalidInputError, OutputError, PrestoError
 
@@ -33,7 +33,7 @@ def clip(frames: int = 4410, channels: int = 2) -> np.ndarray:
     return np.stack([0.5 * np.sin(2 * np.pi * 440 * (k + 1) * time) for k in range(channels)]).astype(np.float32)
 
 
-def test_it_holds_what_it_was_given() -> None:
+def test_audio_keeps_samples_and_origin() -> None:
     audio = Audio(clip(), seed=7, prompt="calm piano", timings={"decode": 0.1})
     assert (audio.sample_rate, audio.seed, audio.prompt, audio.timings) == (44100, 7, "calm piano", {"decode": 0.1})
     assert audio.samples.dtype == np.float32
@@ -56,19 +56,27 @@ def test_it_holds_what_it_was_given() -> None:
         (np.zeros((2, 8), np.float32), True, "sample_rate"),
     ],
 )
-def test_what_is_not_audio_is_refused(samples: np.ndarray, rate: int, message: str) -> None:
+def test_audio_rejects_bad_samples_and_rates(samples: np.ndarray, rate: int, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         Audio(samples, rate)
 
 
-def test_a_bad_seed_is_refused() -> None:
+def test_audio_keeps_latents_and_rejects_other_shapes() -> None:
+    latents = torch.randn(3, 64)
+    assert Audio(clip(), latents=latents).latents is latents
+    for bad in (latents[None], latents.double(), latents.long()):
+        with pytest.raises(InvalidInputError, match=r"latents must be float32 \(T, C\)"):
+            Audio(clip(), latents=bad)
+
+
+def test_audio_rejects_bad_seed() -> None:
     with pytest.raises(InvalidInputError, match="seed"):
         Audio(clip(), seed=-1)
 
 
 @pytest.mark.parametrize(("name", "subtype"), FORMATS)
 @pytest.mark.parametrize("channels", [1, 2])
-def test_a_saved_file_reads_back(tmp_path: Path, name: str, subtype: str | None, channels: int) -> None:
+def test_save_reads_back(tmp_path: Path, name: str, subtype: str | None, channels: int) -> None:
     audio = Audio(clip(70_001, channels), seed=3, prompt="ünïcode – prompt")
     path = audio.save(tmp_path / name, subtype)
     back = load(path)
@@ -85,13 +93,13 @@ def test_a_saved_file_reads_back(tmp_path: Path, name: str, subtype: str | None,
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg"])
-def test_a_prompt_that_is_not_utf8_is_saved(tmp_path: Path, name: str) -> None:
+def test_save_accepts_prompt_that_is_not_utf8(tmp_path: Path, name: str) -> None:
     with soundfile.SoundFile(Audio(clip(), prompt="caf\udce9").save(tmp_path / name)) as file:
         assert file.comment == "caf?"
 
 
 @pytest.mark.parametrize(("name", "subtype"), FORMATS[:5])
-def test_the_same_audio_gives_the_same_bytes(tmp_path: Path, name: str, subtype: str | None) -> None:
+def test_save_is_reproducible_to_the_byte(tmp_path: Path, name: str, subtype: str | None) -> None:
     one, two = tmp_path / f"1{name}", tmp_path / f"2{name}"
     Audio(clip(), seed=3).save(one, subtype)
     Audio(clip(), seed=3).save(two, subtype)
@@ -101,7 +109,7 @@ def test_the_same_audio_gives_the_same_bytes(tmp_path: Path, name: str, subtype:
         assert np.abs(load(one).samples - load(two).samples).max() > 0  # another dither
 
 
-def test_pythons_own_reader_agrees_on_the_wav(tmp_path: Path) -> None:
+def test_save_wav_agrees_with_the_standard_library(tmp_path: Path) -> None:
     audio = Audio(clip(1001), seed=5)
     with wave.open(str(audio.save(tmp_path / "a.wav"))) as file:
         assert (file.getnchannels(), file.getsampwidth(), file.getframerate(), file.getnframes()) == (2, 2, 44100, 1001)
@@ -119,7 +127,7 @@ def test_to_int16_is_interleaved_and_dithered_by_the_seed() -> None:
     assert not np.array_equal(integers, Audio(clip(), seed=2).to_int16())
 
 
-def test_too_loud_samples_are_clamped_and_nan_is_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_save_clamps_loud_samples_and_silences_nan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     samples = np.array([[np.nan, 2.0, -2.0, np.inf, 0.25]], np.float32)
     audio = Audio(samples)
     back = load(audio.save(tmp_path / "a.wav", "pcm24")).samples[0]
@@ -131,7 +139,7 @@ def test_too_loud_samples_are_clamped_and_nan_is_silence(tmp_path: Path, caplog:
 
 
 @pytest.mark.parametrize("name", ["a", "a.mp4", "a.txt", "wav"])
-def test_an_unknown_suffix_is_refused(tmp_path: Path, name: str) -> None:
+def test_check_writable_rejects_unknown_suffix(tmp_path: Path, name: str) -> None:
     with pytest.raises(OutputError, match=re.escape(".wav, .flac, .ogg")):
         check_writable(tmp_path / name)
     with pytest.raises(OutputError):
@@ -140,12 +148,12 @@ def test_an_unknown_suffix_is_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "subtype"), [("a.flac", "float32"), ("a.ogg", "pcm16"), ("a.wav", "pcm8")])
-def test_a_subtype_that_the_file_cannot_hold_is_refused(tmp_path: Path, name: str, subtype: str) -> None:
+def test_check_writable_rejects_subtype_of_another_format(tmp_path: Path, name: str, subtype: str) -> None:
     with pytest.raises(OutputError, match="cannot hold"):
         check_writable(tmp_path / name, subtype)
 
 
-def test_places_that_cannot_be_written_are_refused_before_any_work(tmp_path: Path) -> None:
+def test_check_writable_rejects_unwritable_places(tmp_path: Path) -> None:
     (tmp_path / "folder.wav").mkdir()
     (tmp_path / "file").write_text("x")
     cases = {"folder.wav": "is a folder", "missing/a.wav": "does not exist", "file/a.wav": "does not exist"}
@@ -157,7 +165,7 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(tmp_path: Pat
             check_writable("/proc/a.wav")
 
 
-def test_checking_leaves_nothing_and_touches_nothing(tmp_path: Path) -> None:
+def test_check_writable_changes_nothing_on_disk(tmp_path: Path) -> None:
     target = tmp_path / "a.wav"
     assert check_writable(target) == target.resolve()
     assert os.listdir(tmp_path) == []
@@ -166,7 +174,7 @@ def test_checking_leaves_nothing_and_touches_nothing(tmp_path: Path) -> None:
     assert target.read_text() == "precious"
 
 
-def test_a_failed_save_keeps_the_old_file_and_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_failure_keeps_the_old_file_and_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "a.wav"
     target.write_text("precious")
 
@@ -180,7 +188,7 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_no_part(tmp_path: Path, mon
     assert os.listdir(tmp_path) == ["a.wav"]
 
 
-def test_saving_through_a_link_keeps_the_link(tmp_path: Path) -> None:
+def test_save_through_a_link_keeps_the_link(tmp_path: Path) -> None:
     (tmp_path / "real.wav").write_bytes(b"old")
     (tmp_path / "link.wav").symlink_to("real.wav")
     Audio(clip()).save(tmp_path / "link.wav")
@@ -188,7 +196,7 @@ def test_saving_through_a_link_keeps_the_link(tmp_path: Path) -> None:
     assert load(tmp_path / "real.wav").samples.shape == (2, 4410)
 
 
-def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
+def test_load_names_the_fault(tmp_path: Path) -> None:
     text, empty, wide = tmp_path / "text.wav", tmp_path / "empty.wav", tmp_path / "wide.wav"
     text.write_text("this is not audio")
     soundfile.write(empty, np.zeros((0, 2)), 44100)
@@ -208,7 +216,7 @@ def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 32000, 44100, 48000, 96000])
-def test_a_file_of_another_rate_comes_out_at_44100(tmp_path: Path, rate: int) -> None:
+def test_load_resamples_to_44100(tmp_path: Path, rate: int) -> None:
     time = np.arange(rate) / rate
     soundfile.write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 1000 * time), rate, subtype="FLOAT")
     audio = load(tmp_path / "a.wav")
@@ -217,7 +225,7 @@ def test_a_file_of_another_rate_comes_out_at_44100(tmp_path: Path, rate: int) ->
     assert np.abs(audio.samples[0] - wanted)[1000:-1000].max() < 2e-5
 
 
-def test_resampling_keeps_the_band_and_removes_what_would_alias() -> None:
+def test_resample_keeps_the_band_and_removes_aliases() -> None:
     time = torch.arange(48000, dtype=torch.float64) / 48000
     middle = slice(500, -500)
     kept = resample(torch.sin(2 * np.pi * 19_500 * time).float().reshape(1, -1), 48000, 44100)[0, middle]
@@ -228,7 +236,7 @@ def test_resampling_keeps_the_band_and_removes_what_would_alias() -> None:
     assert (constant - 1).abs().max() < 1e-4
 
 
-def test_resampling_ratios_without_a_common_factor_and_short_clips() -> None:
+def test_resample_handles_coprime_rates_and_short_clips() -> None:
     for count, a, b in ((1, 44100, 48000), (7, 44101, 44100), (3000, 12345, 44100)):
         out = resample(torch.randn(2, count), a, b)
         assert out.shape == (2, -(-count * b // a))
@@ -239,7 +247,7 @@ def test_resampling_ratios_without_a_common_factor_and_short_clips() -> None:
         resample(same, 0, 44100)
 
 
-def test_the_notebook_player_holds_the_wav_and_escapes_the_prompt() -> None:
+def test_repr_html_embeds_the_wav_and_escapes_the_prompt() -> None:
     audio = Audio(clip(), seed=2, prompt='<script>"x"</script>')
     page = audio._repr_html_()
     assert "<script>" not in page

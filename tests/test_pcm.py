@@ -1,4 +1,4 @@
-"""Samples to integers: C++ against its twin, against exact arithmetic, and what dither is for."""
+"""Conversion to integers: C++ against its reference, exact arithmetic, and the statistics of the dither."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from presto_rt import native
-from presto_rt.audio.pcm import DITHER_STREAM, to_pcm, to_pcm_torch
+from presto_rt.audio.pcm import DITHER_STREAM, to_pcm, to_pcm_reference
 from presto_rt.diffusion.noise import random_words
 from presto_rt.errors import InvalidInputError
 
@@ -40,18 +40,18 @@ def needs_native() -> None:
 @pytest.mark.parametrize("frames", [1, 2, 31, 32, 33, 64, 1001])
 @pytest.mark.parametrize("bits", [16, 24])
 @pytest.mark.parametrize("dither", [False, True])
-def test_cpp_equals_its_twin(channels: int, frames: int, bits: int, dither: bool) -> None:
+def test_to_pcm_native_equals_reference(channels: int, frames: int, bits: int, dither: bool) -> None:
     needs_native()
     samples = torch.randn(channels, frames) * 0.7
     samples.flatten()[: len(SPECIAL)] = torch.tensor(SPECIAL)[: samples.numel()]
     dtype = np.int16 if bits == 16 else np.int32
     out = np.full((frames, channels), 12345, dtype)
     native.lib.to_pcm(samples.numpy(), out, dither, 99, DITHER_STREAM)
-    assert torch.equal(torch.from_numpy(out), to_pcm_torch(samples, bits, dither=dither, seed=99))
+    assert torch.equal(torch.from_numpy(out), to_pcm_reference(samples, bits, dither=dither, seed=99))
 
 
 @pytest.mark.parametrize("bits", [16, 24])
-def test_every_integer_survives_the_way_to_samples_and_back(bits: int) -> None:
+def test_to_pcm_restores_every_integer(bits: int) -> None:
     scale = 2 ** (bits - 1)
     step = 1 if bits == 16 else 97
     integers = torch.arange(-scale, scale, step)
@@ -59,7 +59,7 @@ def test_every_integer_survives_the_way_to_samples_and_back(bits: int) -> None:
     assert torch.equal(to_pcm(samples, bits, dither=False).flatten().long(), integers)
 
 
-def test_special_values_are_clamped_or_silent() -> None:
+def test_to_pcm_clamps_or_silences_special_values() -> None:
     got = to_pcm(torch.tensor([SPECIAL]), dither=False).flatten().tolist()
     assert got == [0, 32767, -32768, 32767, -32768, 32767, -32768, 0, 0, 0, 2, -2, 0, 32767]
 
@@ -76,19 +76,19 @@ def test_dither_is_the_documented_function_of_seed_and_position() -> None:
     assert torch.equal(to_pcm(samples[:, :123].contiguous(), seed=17), got[:123])
 
 
-def test_dither_frees_the_mean_and_the_noise_power_from_the_signal() -> None:
-    """A constant of x steps comes out as x on average with an error power of 1/4, whatever x is."""
+def test_dither_decouples_error_mean_and_power_from_the_signal() -> None:
+    """A constant of x steps has mean x and error power 1/4 for every x."""
     n = 200_000
     for x in (0.0, 0.25, 0.5, 0.75):
         samples = torch.full((1, n), x / 32768)
         error = to_pcm(samples, seed=3).double() - x
         assert abs(error.mean()) < 5 * math.sqrt(0.25 / n)
         assert abs(error.square().mean() - 0.25) < 0.01
-    plain = to_pcm(torch.full((1, n), 0.25 / 32768), dither=False).double() - 0.25
-    assert abs(plain.mean()) > 0.2
+    undithered = to_pcm(torch.full((1, n), 0.25 / 32768), dither=False).double() - 0.25
+    assert abs(undithered.mean()) > 0.2
 
 
-def test_bad_arguments_are_refused() -> None:
+def test_to_pcm_rejects_bad_arguments() -> None:
     samples = torch.zeros(2, 4)
     for bad in (samples[0], samples.double(), samples.int()):
         with pytest.raises(InvalidInputError, match="samples must be"):
@@ -99,7 +99,7 @@ def test_bad_arguments_are_refused() -> None:
         to_pcm(samples, seed=-1)
 
 
-def test_cpp_checks_sizes_before_it_touches_memory() -> None:
+def test_to_pcm_native_checks_sizes_and_dtypes() -> None:
     needs_native()
     samples = np.zeros((2, 8), np.float32)
     for out in (np.zeros((2, 8), np.int16), np.zeros((8, 1), np.int32), np.zeros(16, np.int16)):

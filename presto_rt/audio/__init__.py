@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .clip import Audio, check_writable, load
+from .clip import Audio, load
+from .files import check_writable
 
 __all__ = ["Audio", "check_writable", "load"]

@@ -24,7 +24,7 @@ def test_the_packages_integers_to_the_bit(device, shape, dithered):
     ours = pcm(samples, seeds_tensor(numbers, device) if dithered else None, backend="triton")
     for clip, integers, seed in zip(samples, ours, numbers, strict=True):
         assert torch.equal(integers.cpu(), package.to_pcm(clip.cpu(), 16, dither=dithered, seed=seed))
-        assert torch.equal(integers.cpu(), package.to_pcm_torch(clip.cpu(), 16, dither=dithered, seed=seed))
+        assert torch.equal(integers.cpu(), package.to_pcm_reference(clip.cpu(), 16, dither=dithered, seed=seed))
 
 
 def test_edges(device):
