@@ -20,7 +20,8 @@ from . import request as arguments
 from .audio.clip import Audio
 from .checkpoints import folder as weights
 from .conditioning.keys import Key, key_features
-from .conditioning.minilm import TextEncoder, TextStates, check_prompts, load_text_encoder
+from .conditioning.minilm import TextEncoder, TextStates, load_text_encoder
+from .conditioning.prompts import check_prompts
 from .diffusion import noise
 from .diffusion.guidance import Guidance, guided
 from .diffusion.precond import precondition

@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any
 
 from .conditioning.keys import Key, check_key, parse_key
-from .conditioning.minilm import MAX_BPM, MIN_BPM, parse_bpm
+from .conditioning.prompts import MAX_BPM, MIN_BPM, parse_bpm
 from .diffusion import noise
 from .errors import InvalidInputError
 

@@ -8,7 +8,7 @@ from presto_rt.conditioning.keys import KEY_CHANNELS, SCALES, check_key, key_fea
 from presto_rt.errors import InvalidInputError
 
 
-def test_pitch_classes() -> None:
+def test_pitch_class_reads_names_and_rejects_others() -> None:
     assert [pitch_class(n) for n in ("C", "F#", "Gb", "Bb", "B", "Cb", "b")] == [0, 6, 6, 10, 11, 11, 11]
     for bad in ("", "H", "C$", "sharp"):
         with pytest.raises(InvalidInputError, match="not a note"):
@@ -39,11 +39,11 @@ def test_pitch_classes() -> None:
         ("", None),
     ],
 )
-def test_the_key_a_prompt_names(prompt: str, key: tuple[int, str] | None) -> None:
+def test_parse_key_finds_the_first_key(prompt: str, key: tuple[int, str] | None) -> None:
     assert parse_key(prompt) == key
 
 
-def test_every_spelling_of_the_captions_is_read() -> None:
+def test_parse_key_reads_every_spelling_of_the_captions() -> None:
     from presto_rt.lab.data.theory import Key
 
     for tonic in range(12):
@@ -51,7 +51,7 @@ def test_every_spelling_of_the_captions_is_read() -> None:
             assert parse_key(f"calm piano in {Key(tonic, mode).name} {mode}, 90 bpm") == (tonic, mode)
 
 
-def test_checked_keys() -> None:
+def test_check_key_reads_names_and_rejects_others() -> None:
     assert check_key(" d minor ") == (2, "minor")
     assert check_key("a minor") == (9, "minor")
     for bad in ("H minor", "D", 3, "", "D minor-ish thing, perhaps"):
@@ -59,7 +59,7 @@ def test_checked_keys() -> None:
             check_key(bad)
 
 
-def test_features_tell_tonic_and_scale() -> None:
+def test_key_features_encode_tonic_and_scale() -> None:
     a_minor, c_major = key_features((9, "minor")), key_features((0, "major"))
     assert len(a_minor) == KEY_CHANNELS
     assert a_minor[12:] == c_major[12:]

@@ -7,11 +7,12 @@ import logging
 import pytest
 import torch
 
-from presto_rt.conditioning.minilm import check_prompts, load_text_encoder, parse_bpm
+from presto_rt.conditioning.minilm import load_text_encoder
+from presto_rt.conditioning.prompts import check_prompts, parse_bpm
 from presto_rt.errors import InvalidInputError
 
 
-def test_states_do_not_depend_on_the_batch() -> None:
+def test_encode_is_independent_of_the_batch() -> None:
     encoder = load_text_encoder()
     both = encoder.encode(["slow sad piano in D minor, 70 bpm", "drums"])
     alone = encoder.encode(["drums"])
@@ -22,15 +23,15 @@ def test_states_do_not_depend_on_the_batch() -> None:
     assert torch.allclose(both.pooled[1], alone.pooled[0], atol=1e-5)
 
 
-def test_meaning_is_kept() -> None:
-    """Sentence similarity is what these weights were trained for: wrong wiring would lose it."""
+def test_encode_places_similar_prompts_close() -> None:
+    """The weights were trained for sentence similarity; wrong wiring would lose it."""
     p = load_text_encoder().encode(["a sad piano piece", "melancholic piano music", "a truck on a highway"]).pooled
     near, far = torch.cosine_similarity(p[0], p[1], dim=0), torch.cosine_similarity(p[0], p[2], dim=0)
     assert near > far + 0.3
 
 
-def test_equals_the_reference_implementation() -> None:
-    """Against sentence-transformers, which comes along with the weights' package."""
+def test_encode_equals_sentence_transformers() -> None:
+    """sentence-transformers is installed as a dependency of the weights' package."""
     st = pytest.importorskip("sentence_transformers")
     from importlib.util import find_spec
     from pathlib import Path
@@ -43,7 +44,7 @@ def test_equals_the_reference_implementation() -> None:
         assert (states[mask] - expected[: mask.sum()].cpu()).abs().max() < 1e-5
 
 
-def test_long_and_odd_prompts(caplog: pytest.LogCaptureFixture) -> None:
+def test_encode_accepts_long_and_odd_prompts(caplog: pytest.LogCaptureFixture) -> None:
     encoder = load_text_encoder()
     with caplog.at_level(logging.WARNING, "presto_rt"):
         out = encoder.encode(["music " * 10_000, "", "\U0001f3b9\U0001f525", "\ud800 broken"], max_tokens=96)
@@ -65,11 +66,19 @@ def test_long_and_odd_prompts(caplog: pytest.LogCaptureFixture) -> None:
         ("", None),
     ],
 )
-def test_parse_bpm(prompt: str, bpm: float | None) -> None:
+def test_parse_bpm_reads_tempos_in_range(prompt: str, bpm: float | None) -> None:
     assert parse_bpm(prompt) == bpm
 
 
 @pytest.mark.parametrize("bad", [None, 3, [], ["a", 3], b"bytes", [[]]])
-def test_bad_prompts(bad: object) -> None:
-    with pytest.raises(InvalidInputError):
+def test_check_prompts_rejects_all_but_strings(bad: object) -> None:
+    with pytest.raises(InvalidInputError, match="prompt must be a string or a non-empty list of strings, not"):
         check_prompts(bad)
+
+
+def test_check_prompts_lists_strings_and_shows_long_values_briefly() -> None:
+    assert check_prompts("piano") == ["piano"]
+    assert check_prompts(("piano", "drums")) == ["piano", "drums"]
+    with pytest.raises(InvalidInputError) as caught:
+        check_prompts([b"x" * 1000])
+    assert len(str(caught.value)) < 140

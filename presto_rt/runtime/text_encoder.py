@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..conditioning.minilm import BertLayer, TextEncoder
+from ..conditioning.minilm import EPS, BertLayer, TextEncoder
 from .codec import Linear, NetworkOps, _norm, pack_linear
 from .cpu.threads import thread_limit
 from .memory import Arena, Buffer
 from .pool import Pool
 
-EPS = 1e-12
 EMBED, QKV, ATTEND, OUT, NORM1, UP, DOWN, NORM2 = range(8)
 
 
@@ -29,8 +28,8 @@ class TextLayer:
     out: Linear
     up: Linear
     down: Linear
-    norm1: tuple[Tensor, Tensor]
-    norm2: tuple[Tensor, Tensor]
+    attention_norm: tuple[Tensor, Tensor]
+    mlp_norm: tuple[Tensor, Tensor]
 
 
 class TextEngine:
@@ -39,17 +38,18 @@ class TextEngine:
     def __init__(self, encoder: TextEncoder, ops: NetworkOps, threads: int | None = None) -> None:
         self.ops, self.encoder = ops, encoder
         self.threads = torch.get_num_threads() if threads is None else threads
-        self.heads, self.width = encoder.layers[0].heads, encoder.norm.weight.shape[0]
+        self.heads, self.width = encoder.layers[0].heads, encoder.embedding_norm.weight.shape[0]
         self.hidden = encoder.layers[0].up.out_features
         self.layers = [self._layer(layer) for layer in encoder.layers]
-        self.norm = _norm(encoder.norm)
+        self.norm = _norm(encoder.embedding_norm)
         self.pool = Pool()
 
     def _layer(self, layer: BertLayer) -> TextLayer:
-        weights, biases = zip(*((x.weight.detach(), x.bias.detach()) for x in (layer.q, layer.k, layer.v)), strict=True)
+        projections = (layer.query, layer.key, layer.value)
+        weights, biases = ([getattr(x, name).detach() for x in projections] for name in ("weight", "bias"))
         qkv = self.ops.pack(torch.cat(weights).float(), torch.cat(biases).float())
-        rest = (pack_linear(self.ops, x) for x in (layer.o, layer.up, layer.down))
-        return TextLayer(qkv, *rest, _norm(layer.norm1), _norm(layer.norm2))
+        rest = (pack_linear(self.ops, x) for x in (layer.output, layer.up, layer.down))
+        return TextLayer(qkv, *rest, _norm(layer.attention_norm), _norm(layer.mlp_norm))
 
     def buffers(self, batch: int, tokens: int) -> list[Buffer]:
         """Everything that a pass writes, with the time that it is alive."""
@@ -82,7 +82,7 @@ class TextEngine:
         residual, normed, attended = place["residual"], place["normed"], place["attended"]
         branch = place.get("branch")
         lengths = mask.sum(1, dtype=torch.int32)
-        embedded = e.words(ids) + e.positions.weight[: ids.shape[1]] + e.types.weight[0]
+        embedded = e.token_embedding(ids) + e.position_embedding.weight[: ids.shape[1]] + e.type_embedding.weight[0]
         ops.residual_mix_norm(embedded, None, None, self.norm, residual, normed, EPS, after=True)
         for layer in self.layers:
             qkv = ops.linear(normed, layer.qkv, place.get("qkv"))
@@ -90,8 +90,8 @@ class TextEngine:
             k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (k, v))
             ops.cross_attention(q, k, v, None, lengths, place.get("scratch"), attended)
             y = ops.linear(attended, layer.out, branch)
-            ops.residual_mix_norm(residual, y, None, layer.norm1, residual, normed, EPS, after=True)
+            ops.residual_mix_norm(residual, y, None, layer.attention_norm, residual, normed, EPS, after=True)
             hidden = ops.linear(normed, layer.up, place.get("hidden"), "gelu")
             y = ops.linear(hidden, layer.down, branch)
-            ops.residual_mix_norm(residual, y, None, layer.norm2, residual, normed, EPS, after=True)
+            ops.residual_mix_norm(residual, y, None, layer.mlp_norm, residual, normed, EPS, after=True)
         return residual

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...conditioning.keys import KEY_CHANNELS
 from ...diffusion.trajectory import Evaluation
 from ...errors import InvalidInputError
 from ...models.config import HOP, SAMPLE_RATE, ModelConfig
@@ -21,7 +22,6 @@ from ..memory import Arena, Buffer
 from ..plan import NUMBERS, numbers, start
 
 OUTPUTS = {"pcm16": torch.int16, "float32": torch.float32}
-KEY_CHANNELS = 24
 
 
 def bucket(frames: int) -> int:
