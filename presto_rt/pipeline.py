@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import request as arguments
 from .audio.clip import Audio
-from .checkpoints import folder as weights
+from .checkpoints import Checkpoint, load_folder
 from .conditioning.keys import Key, key_features
 from .conditioning.minilm import TextEncoder, TextStates, load_text_encoder
 from .conditioning.prompts import check_prompts
@@ -376,7 +376,7 @@ def load(name: str | os.PathLike[str] = "nano", *, device: str = "auto", dtype: 
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
         raise InvalidInputError(f"threads must be a whole number from 1 to 1024, not {threads!r}")
     random = str(name).endswith(SUFFIX)
-    loaded = weights.Weights({}) if random else weights.load(name)
+    loaded = Checkpoint({}) if random else load_folder(name)
     try:
         if random:
             config = preset(str(name).removesuffix(SUFFIX))

@@ -335,9 +335,9 @@ def test_evaluation_table_and_half_precision_weights(tmp_path: Path) -> None:
 
 def test_a_codec_comes_from_a_shipped_model_too(tmp_path: Path) -> None:
     """What `train encode --codec nano` reads: data can be encoded, and training go on, without the codec's run."""
-    from presto_rt.checkpoints.folder import load
+    from presto_rt.checkpoints import load_folder
 
     codec = load_codec("nano")
-    assert torch.equal(codec.latent_scale, load("nano").parts["codec"]["latent_scale"].float())
+    assert torch.equal(codec.latent_scale, load_folder("nano").parts["codec"]["latent_scale"].float())
     with pytest.raises(InvalidInputError, match="run folder"):
         load_codec(tmp_path)

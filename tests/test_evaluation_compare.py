@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 
-from presto_rt.checkpoints import folder as weights
+from presto_rt.checkpoints import load_folder
 from presto_rt.diffusion.schedule import LayerSchedule, keep_last
 from presto_rt.errors import InvalidInputError
 from presto_rt.lab.data.manifest import Item, Manifest
@@ -213,7 +213,7 @@ def test_codec_is_taken_from_a_model(tmp_path: Path) -> None:
 
     folder = write_tiny_model(tmp_path / "tiny")
     pack_network(tmp_path / "network", folder)
-    assert set(weights.load(tmp_path / "network").parts) == {"dit"}
+    assert set(load_folder(tmp_path / "network").parts) == {"dit"}
     pack(tmp_path / "whole", codec_run=folder, base_run=tmp_path / "network", defaults={"steps": 2, "layers": "70%"},
          quality=[{"steps": 2, "layers": "70%", "kid": 0.1}])  # fmt: skip
     model = load(tmp_path / "whole", dtype="float32")

@@ -1,11 +1,11 @@
-"""Weights folders: config.json beside safetensors shards under 15 MB, every file checked by its SHA-256 when loaded.
+"""Weights folders: config.json beside safetensors shards under 15 MB, each verified by its SHA-256 when loaded.
 
 config.json   {"format": 1, "model": {...}, "codec": {...}, "defaults": {...}, "training": {...},
                "layers": {"70%": schedule, ...}, "quality": [{"steps", "layers", "kid"}, ...],
                "files": {"dit-00001.safetensors": {"sha256": ..., "bytes": ...}, ...}}
 <part>-NNNNN.safetensors   tensors of one part ("dit", "codec"), named as in `presto_rt.models`
 
-A file's name may lead into a folder beside ("../nano/codec-00001.safetensors"): two models then share that part.
+A file name may lead into a neighboring folder ("../nano/codec-00001.safetensors"): two models then share that part.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -25,14 +26,25 @@ from ..errors import OutputError, WeightsError
 
 FORMAT = 1
 SHARD_BYTES = 14_500_000
-_HERE = Path(__file__).parents[1] / "weights"
+
+_SHIPPED = Path(__file__).parents[1] / "weights"
+
+
+class FileEntry(TypedDict):
+    """One row of the file table in config.json: SHA-256 in hexadecimal and size."""
+
+    sha256: str
+    bytes: int
 
 
 @dataclass
-class Weights:
-    """A loaded folder: its config.json without the file table, and the tensors of each part by name.
+class Checkpoint:
+    """A loaded weights folder.
 
-    digest: SHA-256 of config.json, which holds the shards' own; it names the weights.
+    Attributes:
+        config: Contents of config.json without the file table.
+        parts: Tensors of each part ("dit", "codec") by name.
+        digest: SHA-256 of config.json, which holds the hashes of all shards; identifies the weights.
     """
 
     config: dict[str, Any]
@@ -41,22 +53,29 @@ class Weights:
 
 
 def shipped() -> list[str]:
-    """Names of the models that come with the package."""
-    return sorted(p.parent.name for p in _HERE.glob("*/config.json"))
+    """Return the names of the models that are installed with the package."""
+    return sorted(path.parent.name for path in _SHIPPED.glob("*/config.json"))
 
 
 def locate(name_or_folder: str | os.PathLike[str]) -> Path:
-    """The folder of a shipped model, or the folder itself. Raises WeightsError, listing what there is."""
+    """Return the folder of a shipped model, or the given folder. Raises WeightsError if neither holds a config.json."""
     text = os.fspath(name_or_folder)
-    for folder in (_HERE / text if text and os.sep not in text and not text.startswith(".") else None, Path(text)):
-        if folder is not None and text and (folder / "config.json").is_file():
+    candidates = [Path(text)] if text else []
+    if text and os.sep not in text and not text.startswith("."):
+        candidates.insert(0, _SHIPPED / text)
+    for folder in candidates:
+        if (folder / "config.json").is_file():
             return folder
     names = ", ".join(shipped()) or "none"
     raise WeightsError(f"no model {text!r}: shipped models are {names}; or name a folder that holds config.json")
 
 
-def load(name_or_folder: str | os.PathLike[str]) -> Weights:
-    """Read and check a weights folder. Raises WeightsError naming the file that is missing or damaged."""
+def load_folder(name_or_folder: str | os.PathLike[str]) -> Checkpoint:
+    """Read and verify a weights folder.
+
+    Raises:
+        WeightsError: The folder or a file of it is missing, damaged, or of another format; the message names the file.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load as load_bytes
 
@@ -70,49 +89,56 @@ def load(name_or_folder: str | os.PathLike[str]) -> Weights:
         raise WeightsError(f"{folder / 'config.json'} is damaged ({error}); restore it") from error
     if version != FORMAT:
         raise WeightsError(f"{folder} has weights of format {version}; this version reads format {FORMAT}")
-    weights = Weights(config, digest=hashlib.sha256(text.encode()).hexdigest())
-    for name, expected in files.items():
+    checkpoint = Checkpoint(config, digest=hashlib.sha256(text.encode()).hexdigest())
+    for name, entry in files.items():
         path = folder / name
+        data = _read_verified(path, entry)
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise WeightsError(f"{path} is missing ({error.strerror}); restore it") from error
-        if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
-            raise WeightsError(f"{path} is damaged (its SHA-256 differs from config.json); restore it")
-        try:
-            weights.parts.setdefault(Path(name).name.rpartition("-")[0], {}).update(load_bytes(data))
+            checkpoint.parts.setdefault(path.name.rpartition("-")[0], {}).update(load_bytes(data))
         except SafetensorError as error:
             raise WeightsError(f"{path} is no safetensors file ({error}); restore it") from error
-    return weights
+    return checkpoint
 
 
-def narrow(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Matrices in `dtype`; vectors, scalars and integers as they are."""
-    return {k: v.to(dtype) if v.is_floating_point() and v.dim() > 1 else v for k, v in tensors.items()}
+def cast_matrices(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors with floating-point matrices in `dtype`; vectors, scalars and integers keep their dtype."""
+    return {
+        name: value.to(dtype) if value.is_floating_point() and value.dim() > 1 else value
+        for name, value in tensors.items()
+    }
 
 
-def save(folder: str | os.PathLike[str], config: dict[str, Any], parts: dict[str, dict[str, Tensor]],
-         shared: dict[str, str | os.PathLike[str]] | None = None,
-         copied: dict[str, str | os.PathLike[str]] | None = None) -> None:  # fmt: skip
+def save_folder(
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    parts: Mapping[str, Mapping[str, Tensor]],
+    *,
+    shared: Mapping[str, str | os.PathLike[str]] | None = None,
+    copied: Mapping[str, str | os.PathLike[str]] | None = None,
+) -> None:
     """Write a weights folder, each tensor in its own dtype.
 
-    shared: parts that are not written but stay in another weights folder or shipped model, for both; copied: parts
-    whose files are taken over from there byte by byte, so that what shares them with this folder still can. A new
-    folder is written beside the old one and renamed into its place. Raises OutputError, also where the folder holds
-    something else than weights, which would be lost; WeightsError where such a part is not there.
-    """
-    from safetensors.torch import save as to_bytes
+    The new folder is written beside an existing one and renamed into its place; markdown files are kept.
 
+    Args:
+        folder: Folder to write. An existing one must be empty or a weights folder.
+        config: Entries of config.json other than "format" and "files".
+        parts: Tensors to write, by part and name.
+        shared: Parts that stay in another weights folder or shipped model, by part; both folders use the same files.
+        copied: Parts whose files are copied byte by byte from another weights folder, by part, so that a folder that
+            shares them with this one remains valid.
+
+    Raises:
+        OutputError: The folder cannot be written, or holds anything other than weights.
+        WeightsError: A shared or copied part does not exist.
+    """
     target = Path(folder).resolve()
     _check_replaceable(target)
-    fresh, old = (target.with_name(target.name + suffix) for suffix in (".new", ".old"))
+    fresh = target.with_name(target.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, FileEntry] = {}
     for part, source in (shared or {}).items():
-        if locate(source).resolve() == target:
-            raise WeightsError(f"{target} cannot share {part!r} with itself; let its files be copied instead")
-        lead = Path(os.path.relpath(locate(source).resolve(), target))
-        files |= {(lead / name).as_posix(): entry for name, entry in _files(part, source, own=True).items()}
+        files |= _shared_files(part, source, target)
     try:
         fresh.mkdir(parents=True)
         for part, source in (copied or {}).items():
@@ -120,48 +146,90 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], parts: dict[str
                 shutil.copyfile(locate(source) / name, fresh / Path(name).name)
                 files[Path(name).name] = entry
         for part, tensors in parts.items():
-            stored = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            for number, shard in enumerate(_shards(stored), 1):
-                name, data = f"{part}-{number:05d}.safetensors", to_bytes(shard)
-                (fresh / name).write_bytes(data)
-                files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+            files |= _write_shards(fresh, part, tensors)
         text = json.dumps({"format": FORMAT, **config, "files": files}, indent=1)
         (fresh / "config.json").write_text(text + "\n")
-        for kept in target.glob("*.md") if target.is_dir() else ():
-            shutil.copy2(kept, fresh)
-        shutil.rmtree(old, ignore_errors=True)
-        if target.is_dir():
-            target.rename(old)
-        fresh.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        _replace(target, fresh)
     except OSError as error:
         raise OutputError(f"cannot write weights to {target}: {error.strerror or error}") from error
 
 
+def _read_verified(path: Path, expected: FileEntry) -> bytes:
+    """Return the contents of a file. Raises WeightsError if it is missing or its SHA-256 differs."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"{path} is missing ({error.strerror}); restore it") from error
+    if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
+        raise WeightsError(f"{path} is damaged (its SHA-256 differs from config.json); restore it")
+    return data
+
+
 def _check_replaceable(folder: Path) -> None:
-    """Raises OutputError where a folder holds something that `save` did not write."""
+    """Raise OutputError if a folder holds anything that `save_folder` did not write."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     try:
-        ours = "files" in json.loads((folder / "config.json").read_text())
+        replaceable = "files" in json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, TypeError):
-        ours = False
-    if not ours:
+        replaceable = False
+    if not replaceable:
         raise OutputError(f"{folder} holds something else than weights, which would be lost; choose another folder")
 
 
-def _files(part: str, source: str | os.PathLike[str], own: bool = False) -> dict[str, dict[str, Any]]:
-    """The rows of a part in the file table of `source`; own: only of files that lie there and are not shared
-    themselves. Raises WeightsError where there is none."""
+def _replace(target: Path, fresh: Path) -> None:
+    """Rename a fresh folder into the place of an existing one, whose markdown files it takes over."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.is_dir():
+        for document in target.glob("*.md"):
+            shutil.copy2(document, fresh)
+        target.rename(old)
+    fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_shards(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> dict[str, FileEntry]:
+    """Write the tensors of a part and return the rows of its files."""
+    from safetensors.torch import save as to_bytes
+
+    entries: dict[str, FileEntry] = {}
+    stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    for number, shard in enumerate(_shards(stored), 1):
+        name, data = f"{part}-{number:05d}.safetensors", to_bytes(shard)
+        (folder / name).write_bytes(data)
+        entries[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    return entries
+
+
+def _shared_files(part: str, source: str | os.PathLike[str], target: Path) -> dict[str, FileEntry]:
+    """Return the rows of a part that stays in `source`, their names relative to `target`."""
+    origin = locate(source).resolve()
+    if origin == target:
+        raise WeightsError(f"{target} cannot share {part!r} with itself; let its files be copied instead")
+    relative = Path(os.path.relpath(origin, target))
+    return {(relative / name).as_posix(): entry for name, entry in _files(part, source, own=True).items()}
+
+
+def _files(part: str, source: str | os.PathLike[str], own: bool = False) -> dict[str, FileEntry]:
+    """Return the rows of a part in the file table of `source`; with `own`, only files that lie in that folder.
+
+    Raises WeightsError if there are none.
+    """
     folder = locate(source)
-    table = json.loads((folder / "config.json").read_text())["files"]
-    found = {n: row for n, row in table.items() if Path(n).name.startswith(f"{part}-") and not (own and "/" in n)}
-    if not found:
+    table: dict[str, FileEntry] = json.loads((folder / "config.json").read_text())["files"]
+    rows = {
+        name: entry
+        for name, entry in table.items()
+        if Path(name).name.startswith(f"{part}-") and not (own and "/" in name)
+    }
+    if not rows:
         raise WeightsError(f"{folder} has no part {part!r}{' of its own to share' if own else ''}")
-    return found
+    return rows
 
 
-def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def _shards(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Divide tensors, in order, into shards of at most SHARD_BYTES unless one tensor alone is larger."""
     shards: list[dict[str, Tensor]] = [{}]
     room = SHARD_BYTES
     for name, value in tensors.items():

@@ -254,7 +254,7 @@ def load_codec(where: str | os.PathLike[str]) -> Codec:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from ..checkpoints import folder as weights
+    from ..checkpoints import load_folder
 
     folder = Path(where)
     if (folder / "final").is_dir():
@@ -267,7 +267,7 @@ def load_codec(where: str | os.PathLike[str]) -> Codec:
     elif folder.is_dir() and not (folder / "config.json").is_file():
         raise InvalidInputError(f"{folder} has no config.json and codec.safetensors: give a codec trainer's run folder")
     else:
-        loaded = weights.load(where)
+        loaded = load_folder(where)
         config, state = loaded.config["codec"], loaded.parts["codec"]
     codec = Codec(CodecConfig.from_dict(config))
     codec.load_state_dict({name: value.float() for name, value in state.items()})

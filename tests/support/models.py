@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from presto_rt.checkpoints import folder as weights
+from presto_rt.checkpoints import save_folder
 from presto_rt.models.codec import Codec, CodecConfig
 from presto_rt.models.config import preset
 from presto_rt.models.dit import DiT
@@ -29,5 +29,5 @@ def write_tiny_model(folder: Path) -> Path:
         torch.nn.init.normal_(p, std=0.05)
     config = {"model": dit.config.to_dict(), "codec": CODEC.to_dict(),
               "defaults": {"steps": 4, "sampler": "heun", "guidance": 2.0}}  # fmt: skip
-    weights.save(folder, config, {"dit": dit.state_dict(), "codec": codec.state_dict()})
+    save_folder(folder, config, {"dit": dit.state_dict(), "codec": codec.state_dict()})
     return folder

@@ -86,10 +86,10 @@ def saved_schedules(student: str | Path | None) -> dict[str, LayerSchedule]:
     """The layer schedules that a layer-distilled run or weights folder has learned."""
     if student is None:
         return {}
-    from ...checkpoints import folder as weights
+    from ...checkpoints import load_folder
 
     checkpoint = Path(student) / "checkpoint.safetensors" if Path(student).is_dir() else Path(student)
-    meta = checkpoint_meta(checkpoint) if checkpoint.is_file() else weights.load(student).config
+    meta = checkpoint_meta(checkpoint) if checkpoint.is_file() else load_folder(student).config
     saved = meta.get("layers", {})
     if not isinstance(saved, dict):
         raise InvalidInputError(f"the layer schedules of {student} are damaged")

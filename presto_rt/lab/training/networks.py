@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ...checkpoints import folder as weights
+from ...checkpoints import load_folder
 from ...errors import WeightsError
 from ...models.config import ModelConfig
 from ...models.dit import DiT
@@ -24,7 +24,7 @@ def load_network(where: str | os.PathLike[str]) -> DiT:
         tensors, meta = load_checkpoint(checkpoint)
         state, config = part(tensors, "ema"), meta["config"]
     else:
-        loaded = weights.load(where)
+        loaded = load_folder(where)
         state, config = loaded.parts["dit"], loaded.config["model"]
     network = DiT(ModelConfig.from_dict(config))
     try:

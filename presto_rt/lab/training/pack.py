@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoints import folder as weights
+from ...checkpoints import cast_matrices, load_folder, save_folder
 from ...errors import InvalidInputError
 from ...models.codec import load_codec
 from .common import load_checkpoint
@@ -34,11 +34,11 @@ def pack(output: str | Path, *, codec_run: str | Path, base_run: str | Path, def
     if ((run / "final").is_dir() or (run / "codec.safetensors").is_file()) and not share_codec:
         codec = load_codec(run)
         config["codec"] = codec.config.to_dict()
-        weights.save(output, config, {"dit": dit, "codec": weights.narrow(codec.state_dict(), torch.float16)})
+        save_folder(output, config, {"dit": dit, "codec": cast_matrices(codec.state_dict(), torch.float16)})
     else:
-        config["codec"] = weights.load(codec_run).config["codec"]  # its files are checked here
+        config["codec"] = load_folder(codec_run).config["codec"]  # its files are checked here
         taken = {"codec": codec_run}
-        weights.save(output, config, {"dit": dit}, **{"shared" if share_codec else "copied": taken})
+        save_folder(output, config, {"dit": dit}, **{"shared" if share_codec else "copied": taken})
 
 
 def _check(defaults: Any, quality: Any) -> None:
@@ -56,14 +56,14 @@ def _check(defaults: Any, quality: Any) -> None:
 def pack_network(output: str | Path, run: str | Path) -> None:
     """Write the transformer of a run alone: small to carry about, a teacher for others, and good for `pack` again."""
     dit, config = _network(run)
-    weights.save(output, config, {"dit": dit})
+    save_folder(output, config, {"dit": dit})
 
 
 def _network(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Averaged weights of a run folder in bfloat16, or those of a weights folder, and their part of config.json."""
     checkpoint = Path(run) / "checkpoint.safetensors"
     if not checkpoint.is_file():
-        loaded = weights.load(run)
+        loaded = load_folder(run)
         known = {name: loaded.config.get(name, {}) for name in ("model", "defaults", "layers", "training")}
         return loaded.parts["dit"], known
     tensors, meta = load_checkpoint(checkpoint)
@@ -71,4 +71,4 @@ def _network(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 "latent_frames_seen": meta["frames_seen"], "options": meta["options"]}  # fmt: skip
     config = {"model": meta["config"], "defaults": meta.get("defaults", {}), "layers": meta.get("layers", {}),
               "training": training}  # fmt: skip
-    return weights.narrow(part(tensors, "ema"), torch.bfloat16), config
+    return cast_matrices(part(tensors, "ema"), torch.bfloat16), config
