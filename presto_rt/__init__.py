@@ -4,48 +4,171 @@
     audio = presto_rt.generate("slow sad piano in D minor, 70 bpm", seconds=32, seed=7)
     audio.save("out.wav")
 
-Importing this costs nothing: torch is loaded when the first name is used.
+The import does not load torch; the first use of `load`, `generate`, `Pipeline` or `Audio` does.
 """
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, overload
+
+from .errors import (
+    BackendUnavailableError,
+    GenerationError,
+    InvalidInputError,
+    MissingDependencyError,
+    OutOfMemoryError,
+    OutputError,
+    PrestoError,
+    WeightsError,
+)
 
 if TYPE_CHECKING:
-    from .audio.clip import Audio as Audio
-    from .pipeline import Pipeline as Pipeline
-    from .pipeline import load as load
+    from .audio import Audio
+    from .diffusion.schedule import Layers
+    from .pipeline import Pipeline, load
 
 __version__ = "0.1.0"
-__all__ = ["Audio", "Pipeline", "generate", "load"]
+__all__ = [
+    "Audio",
+    "BackendUnavailableError",
+    "GenerationError",
+    "InvalidInputError",
+    "MissingDependencyError",
+    "OutOfMemoryError",
+    "OutputError",
+    "Pipeline",
+    "PrestoError",
+    "WeightsError",
+    "generate",
+    "load",
+]
 
-# In a clone that was not installed, presto_rt.kernels lies beside this folder and not in it.
+# In a source tree that is not installed, the package presto_rt.kernels is a sibling of this folder, not inside it.
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
-_loaded: dict[str, Pipeline] = {}
+# Names that are imported when they are first used, and the modules that define them.
+_LAZY = {"Audio": ".audio", "Pipeline": ".pipeline", "load": ".pipeline"}
+_pipelines: dict[str, Pipeline] = {}
+_loading = threading.Lock()
 
 
-def generate(prompt: Any, *, model: str = "nano", **options: Any) -> Any:
-    """Music for a prompt (an Audio) or a list of prompts (a list). The model is loaded once and kept.
+@overload
+def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str]; the first overload wins
+    prompt: str,
+    *,
+    model: str | os.PathLike[str] = "nano",
+    negative_prompt: str | None = None,
+    seconds: float = 32.0,
+    bpm: float | Sequence[float | None] | None = None,
+    key: str | Sequence[str | None] | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    cfg_pp: bool = False,
+    layers: Layers = None,
+    deadline_ms: float | None = None,
+    seed: int | Sequence[int] | None = None,
+    callback: Callable[[int, int], None] | None = None,
+) -> Audio: ...
 
-    Options are those of `Pipeline.generate`: seconds, bpm, key, steps, sampler, guidance, layers, seed, ...
+
+@overload
+def generate(
+    prompt: Sequence[str],
+    *,
+    model: str | os.PathLike[str] = "nano",
+    negative_prompt: str | None = None,
+    seconds: float = 32.0,
+    bpm: float | Sequence[float | None] | None = None,
+    key: str | Sequence[str | None] | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    cfg_pp: bool = False,
+    layers: Layers = None,
+    deadline_ms: float | None = None,
+    seed: int | Sequence[int] | None = None,
+    callback: Callable[[int, int], None] | None = None,
+) -> list[Audio]: ...
+
+
+def generate(
+    prompt: str | Sequence[str],
+    *,
+    model: str | os.PathLike[str] = "nano",
+    negative_prompt: str | None = None,
+    seconds: float = 32.0,
+    bpm: float | Sequence[float | None] | None = None,
+    key: str | Sequence[str | None] | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    cfg_pp: bool = False,
+    layers: Layers = None,
+    deadline_ms: float | None = None,
+    seed: int | Sequence[int] | None = None,
+    callback: Callable[[int, int], None] | None = None,
+) -> Audio | list[Audio]:
+    """Generate music for a prompt or a sequence of prompts with a model that is loaded once and kept.
+
+    Args:
+        prompt: Text of a clip, or a sequence of texts.
+        model: Name of a shipped model, or a weights folder. It is loaded with the defaults of `load`.
+        negative_prompt: As for `Pipeline.generate`, which documents this and all further options.
+
+    Returns:
+        An Audio for a string, a list of Audio for a sequence.
+
+    Raises:
+        WeightsError: The model does not exist or is damaged.
+        InvalidInputError: An option has the wrong type, is out of range, or names something unknown.
+        GenerationError: The sampler diverged.
+        OutOfMemoryError: The memory for the request is not available.
     """
-    if model not in _loaded:
-        from .pipeline import load
+    result: Audio | list[Audio] = _pipeline(os.fspath(model)).generate(
+        prompt,
+        negative_prompt=negative_prompt,
+        seconds=seconds,
+        bpm=bpm,
+        key=key,
+        steps=steps,
+        sampler=sampler,
+        guidance=guidance,
+        guidance_interval=guidance_interval,
+        cfg_pp=cfg_pp,
+        layers=layers,
+        deadline_ms=deadline_ms,
+        seed=seed,
+        callback=callback,
+    )
+    return result
 
-        _loaded[model] = load(model)
-    return _loaded[model].generate(prompt, **options)
+
+def _pipeline(model: str) -> Pipeline:
+    """Return the pipeline of a model. Threads that need the same one at the same time load it once."""
+    if model not in _pipelines:
+        with _loading:
+            if model not in _pipelines:  # no other thread loaded it meanwhile
+                from .pipeline import load
+
+                _pipelines[model] = load(model)
+    return _pipelines[model]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "Audio":
-        from .audio.clip import Audio
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name], __name__), name)
 
-        return Audio
-    if name in ("Pipeline", "load"):
-        from . import pipeline
 
-        return getattr(pipeline, name)
-    raise AttributeError(f"module 'presto_rt' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

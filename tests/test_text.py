@@ -72,7 +72,7 @@ def test_parse_bpm_reads_tempos_in_range(prompt: str, bpm: float | None) -> None
 
 @pytest.mark.parametrize("bad", [None, 3, [], ["a", 3], b"bytes", [[]]])
 def test_check_prompts_rejects_all_but_strings(bad: object) -> None:
-    with pytest.raises(InvalidInputError, match="prompt must be a string or a non-empty list of strings, not"):
+    with pytest.raises(InvalidInputError, match="prompt must be a string or a non-empty sequence of strings, not"):
         check_prompts(bad)
 
 

@@ -1,4 +1,4 @@
-"""The command `presto-rt`."""
+"""Command line `presto-rt`."""
 
 from __future__ import annotations
 

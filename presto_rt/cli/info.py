@@ -1,22 +1,38 @@
-"""What this installation can do: versions, processor, GPUs, backends, C++ operators and shipped weights."""
+"""Command `presto-rt info`: versions, processor, GPUs, backends, C++ operators and shipped weights."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# Features that decide which kernels run well here, by their names in /proc/cpuinfo.
+if TYPE_CHECKING:
+    from .options import Commands
+
+# Features that decide between kernels, by their names in /proc/cpuinfo.
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
+def add_parser(commands: Commands) -> None:
+    """Add `info`."""
+    parser = commands.add_parser("info", help="print versions, hardware, and the backends that are available")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    print(json.dumps(info(), indent=1) if options.json else info_text())
+
+
 def info() -> dict[str, Any]:
-    """Everything as plain dicts, lists, strings and numbers, ready for JSON."""
+    """Return all facts as plain dicts, lists, strings and numbers, ready for JSON."""
     return {
         "versions": _versions(),
         "cpu": _cpu(),
@@ -28,12 +44,12 @@ def info() -> dict[str, Any]:
 
 
 def info_text() -> str:
-    """The same for people, one fact a line."""
+    """Return the same facts as text, one per line."""
     facts = info()
     cpu, gpus, native = facts["cpu"], facts["gpus"], facts["native"]
     lines = [f"{name:<12} {version or 'not installed'}" for name, version in facts["versions"].items()]
     lines.append(f"{'cpu':<12} {cpu['model']}, {cpu['cores']} cores, {cpu['threads']} torch threads")
-    lines.append(f"{'features':<12} {' '.join(cpu['features']) or 'none of those that matter here'}")
+    lines.append(f"{'features':<12} {' '.join(cpu['features']) or 'none of those that decide between kernels'}")
     products = ", ".join(f"{name} {rate:.0f}" for name, rate in cpu["products"].items() if rate)
     lines.append(f"{'products':<12} G operations a second on one thread: {products}; dtype auto is {cpu['dtype']}")
     lines += [f"{'gpu':<12} {gpu['name']}, {gpu['memory_gib']} GiB, sm_{gpu['capability']}" for gpu in gpus["devices"]]
@@ -41,7 +57,7 @@ def info_text() -> str:
         lines.append(f"{'gpu':<12} none: {gpus['why']}")
     for name, backend in facts["backends"].items():
         lines.append(f"{name:<12} {'usable' if backend['usable'] else 'not usable'}: {backend['why']}")
-    lines.append(f"{'native':<12} {'C++ operators' if native['present'] else 'torch twins: ' + native['why']}")
+    lines.append(f"{'native':<12} {'C++ operators' if native['present'] else 'torch references: ' + native['why']}")
     for entry in facts["weights"]:
         lines.append(f"{'weights':<12} {entry['name']}: {entry['megabytes']} MB in {entry['shards']} files")
     if not facts["weights"]:
@@ -50,19 +66,21 @@ def info_text() -> str:
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("presto-rt", "torch", "triton", "numpy", "soundfile"):
+    from .. import __version__
+
+    versions: dict[str, str | None] = {"python": platform.python_version(), "presto-rt": __version__}
+    for name in ("torch", "triton", "numpy", "soundfile"):
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def _cpu() -> dict[str, Any]:
     import torch
 
-    from ..runtime.cpu import autodtype as rates
+    from ..runtime.cpu import autodtype
 
     model, flags = _read_cpuinfo()
     return {
@@ -71,13 +89,13 @@ def _cpu() -> dict[str, Any]:
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "features": [name for name in CPU_FEATURES if name in flags],
-        "products": rates.product_rates(),
-        "dtype": rates.chosen(),
+        "products": autodtype.product_rates(),
+        "dtype": autodtype.chosen(),
     }
 
 
 def _read_cpuinfo() -> tuple[str, set[str]]:
-    """The processor's name and flags; only the name, if that, where there is no /proc/cpuinfo."""
+    """Return the processor's name and its flags; without /proc/cpuinfo the flags are empty."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -91,7 +109,7 @@ def _read_cpuinfo() -> tuple[str, set[str]]:
 
 
 def _gpus() -> dict[str, Any]:
-    """The CUDA devices, or why there are none."""
+    """Return the CUDA devices; "why" explains an empty list."""
     import torch
 
     if torch.version.cuda is None:
@@ -112,22 +130,21 @@ def _gpus() -> dict[str, Any]:
 
 
 def _backends() -> dict[str, dict[str, Any]]:
-    """For each backend whether it can run here, and the reason either way."""
+    """Return for each backend if it is usable on this machine, and the reason."""
     from .. import native
     from ..runtime.cpu.ops import unavailable
 
     gpus = _gpus()
     operators = "torch with C++ operators" if native.lib is not None else "torch alone"
-    triton = importlib.util.find_spec("triton") is not None
     if gpus["why"] is not None:
         cuda = {"usable": False, "why": gpus["why"]}
-    elif not triton:
+    elif importlib.util.find_spec("triton") is None:
         cuda = {"usable": True, "why": "torch alone; pip install 'presto-rt[triton]' for the kernels"}
     else:
         cuda = {"usable": True, "why": "Triton kernels, a request in one CUDA graph"}
-    why = unavailable()
+    reason = unavailable()
     isa = native.lib.isa() if native.lib is not None else ""
-    engine = {"usable": why is None, "why": why or f"C++ for {isa} and oneDNN"}
+    engine = {"usable": reason is None, "why": reason or f"C++ for {isa} and oneDNN"}
     return {"cpu": {"usable": True, "why": operators}, "engine": engine, "cuda": cuda}
 
 
@@ -138,7 +155,7 @@ def _native() -> dict[str, Any]:
 
 
 def _weights() -> list[dict[str, Any]]:
-    """The folders with weights that came with the package."""
+    """Return name, number of files and size of each weights folder that is installed with the package."""
     folders: dict[Path, list[int]] = {}
     for shard in sorted(WEIGHTS.rglob("*.safetensors")):
         folders.setdefault(shard.parent, []).append(shard.stat().st_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from ..errors import InvalidInputError
 
@@ -23,8 +24,8 @@ def parse_bpm(prompt: str) -> float | None:
 def check_prompts(prompts: object) -> list[str]:
     """Return the prompts of a string or a sequence of strings as a list. Raises InvalidInputError for all else."""
     listed = [prompts] if isinstance(prompts, str) else prompts
-    if not isinstance(listed, list | tuple) or not listed or not all(isinstance(prompt, str) for prompt in listed):
-        raise InvalidInputError(f"prompt must be a string or a non-empty list of strings, not {_shown(prompts)}")
+    if not isinstance(listed, Sequence) or not listed or not all(isinstance(prompt, str) for prompt in listed):
+        raise InvalidInputError(f"prompt must be a string or a non-empty sequence of strings, not {_shown(prompts)}")
     return list(listed)
 
 

@@ -1,0 +1,25 @@
+"""Options that several commands share. Imports neither torch nor any module that does."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+# Names of `presto_rt.diffusion`'s table of samplers, repeated so that the help needs no torch; a test compares both.
+SAMPLER_NAMES = ("euler", "heun", "dpmpp_2m", "dpmpp_2s", "few_step")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add --model, --device, --dtype and --backend, the arguments of `presto_rt.load`."""
+    add_model_option(parser)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16, int8 or fp8 (default: auto)")
+    parser.add_argument("--backend", default="auto", help="auto, torch, cpu or graph (default: auto)")
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """Add --model."""
+    parser.add_argument("--model", default="nano", help="a shipped model's name, or a weights folder (default: nano)")
