@@ -1,22 +1,29 @@
-"""The command line: what it writes, what it prints, and one clear line for every mistake."""
+"""Command line: files, reports, extensions, and one clear line for every mistake."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from presto_rt.cli.main import main
+from presto_rt.cli.main import EXTENSIONS_GROUP, main
+from presto_rt.cli.options import SAMPLER_NAMES
+from presto_rt.diffusion.samplers import SAMPLERS
 from presto_rt.lab.training.synthetic import write_latents
 from tests.support.models import write_tiny_model
+
+PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_tiny_model(tmp_path_factory.mktemp("weights") / "tiny"))
 
 
-def test_generate_writes_and_reports(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_writes_a_file_and_reports(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a.wav"
     assert main(["generate", "piano, 90 bpm", "-o", str(out), "--seconds", "0.7", "--seed", "3", "--model", model]) == 0
     samples, rate = soundfile.read(out)
@@ -33,7 +40,7 @@ def test_generate_writes_and_reports(model: str, tmp_path: Path, capsys: pytest.
     assert all(word in text for word in (str(out), "x real time", "seed 3", "denoise", "decode"))
 
 
-def test_generate_json_and_count(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_json_lists_every_clip(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["generate", "piano", "drums", "--count", "2", "-o", str(tmp_path / "b.flac"), "--seconds", "0.3",
                  "--seed", "9", "--model", model, "--json"]  # fmt: skip
     assert main(arguments) == 0
@@ -56,7 +63,7 @@ def test_generate_json_and_count(model: str, tmp_path: Path, capsys: pytest.Capt
         (["-o", "x.mp3"], ".flac"),
     ],
 )  # fmt: skip
-def test_mistakes(
+def test_generate_explains_mistakes_in_one_line(
     model: str, tmp_path: Path, arguments: list[str], words: str,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -70,7 +77,7 @@ def test_mistakes(
     assert not list(tmp_path.iterdir())
 
 
-def test_interrupt(model: str, tmp_path: Path) -> None:
+def test_generate_interrupted_writes_nothing(model: str, tmp_path: Path) -> None:
     """Ctrl-C during sampling: one line, status 130, no file."""
     command = [sys.executable, "-m", "presto_rt.cli", "generate", "piano", "--seconds", "100", "--steps", "1000",
                "--model", model, "-o", str(tmp_path / "x.wav")]  # fmt: skip
@@ -94,7 +101,7 @@ def test_interrupt(model: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_roundtrip(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_codec_roundtrip_keeps_the_length(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     soundfile.write(tmp_path / "in.wav", np.sin(np.arange(30_000) / 20)[:, None].repeat(2, 1) * 0.3, 44_100)
     assert main(["codec", "roundtrip", str(tmp_path / "in.wav"), str(tmp_path / "out.wav"), "--model", model]) == 0
     assert soundfile.info(tmp_path / "out.wav").frames == 30_000
@@ -102,7 +109,7 @@ def test_roundtrip(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["codec", "roundtrip", str(tmp_path / "none.wav"), str(tmp_path / "o.wav"), "--model", model]) == 1
 
 
-def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_prints_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["torch"]
@@ -117,13 +124,14 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         (["--start-from", "nothing"], "no model 'nothing'"), (["--run", "data/manifest.json"], "data/manifest.json"),
     ],
 )  # fmt: skip
-def test_mistakes_in_training(
+@pytest.mark.usefixtures("entry_points")
+def test_lab_train_explains_mistakes_in_one_line(
     arguments: list[str], words: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     write_latents("data")
-    assert main(["train", "base", "--minutes", "0.001", "--model", "tiny", *arguments]) == 1
+    assert main(["lab", "train", "base", "--minutes", "0.001", "--model", "tiny", *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("presto-rt: error: ")
     assert error.count("\n") == 1
@@ -139,17 +147,18 @@ def test_mistakes_in_training(
         (["--compare", "a/nano", "b/nano"], "'nano'"), (["--compare", "out/generated"], "'generated'"),
     ],
 )  # fmt: skip
-def test_mistakes_in_judging(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Said at once: a data set and a model are not asked for."""
-    assert main(["eval", "--data", "/no/such/data", *arguments]) == 1
+@pytest.mark.usefixtures("entry_points")
+def test_lab_eval_explains_mistakes_in_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The numbers are checked before the data set and the model, which do not exist."""
+    assert main(["lab", "eval", "--data", "/no/such/data", *arguments]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert words in error
 
 
-def test_a_package_that_is_not_there_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_main_names_a_missing_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("No module named 'scipy'")
 
@@ -160,7 +169,69 @@ def test_a_package_that_is_not_there_is_named(
     )
 
 
-def test_training_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status = main(["train", "base", "--minutes", "1", "--data", str(tmp_path), "--run", str(tmp_path / "run")])
+@pytest.mark.usefixtures("entry_points")
+def test_lab_train_without_data_names_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["lab", "train", "base", "--minutes", "1", "--data", str(tmp_path), "--run", str(tmp_path / "run")])
     assert status == 1
-    assert "presto-rt train encode" in capsys.readouterr().err
+    assert "train encode" in capsys.readouterr().err
+
+
+def test_sampler_names_equal_the_table_of_samplers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuple(SAMPLERS) == SAMPLER_NAMES
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--help"])
+    assert caught.value.code == 0
+    assert ", ".join(SAMPLER_NAMES) in " ".join(capsys.readouterr().out.split())
+
+
+def test_extensions_of_pyproject_exist() -> None:
+    groups = tomllib.loads(PYPROJECT.read_text())["project"]["entry-points"]
+    assert groups.keys() == {EXTENSIONS_GROUP}
+    for target in groups[EXTENSIONS_GROUP].values():
+        module, _, function = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.usefixtures("entry_points")
+def test_help_lists_all_commands_without_torch() -> None:
+    code = "import sys; from presto_rt.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ") and line.split()]
+    assert [name for name in listed if name != "COMMAND"] == ["generate", "tune", "codec", "info", "describe", "lab"]
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.usefixtures("entry_points")
+def test_lab_help_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["lab", "--help"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")] == [
+        "data",
+        "train",
+        "distill",
+        "eval",
+    ]
+
+
+def test_lab_without_its_entry_point_is_explained_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: importlib.metadata.EntryPoints())
+    assert main(["lab", "data", "info"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("presto-rt: error: unknown command 'lab'; choose from: generate, tune, codec, info, ")
+    assert "pip install -e ." in error
+    assert error.count("\n") == 1
+
+
+def test_builtin_commands_look_up_no_entry_points(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def entry_points(group: str) -> importlib.metadata.EntryPoints:
+        raise AssertionError(f"looked up {group}")
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    assert main(["describe", "tiny", "--seconds", "1"]) == 0
+    assert "one block" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match=r"looked up presto_rt\.commands"):
+        main(["lab"])

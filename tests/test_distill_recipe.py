@@ -54,10 +54,11 @@ def test_unknown_names(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "unknown training" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("entry_points")
 def test_distill_on_the_command_line(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.train("base", data_root, tmp_path, minutes=0.01, model="tiny", **SMALL)
     run = tmp_path / "steps"
-    call = ["distill", "steps", "--teacher", str(tmp_path / "base"), "--data", str(data_root), "--run", str(run),
+    call = ["lab", "distill", "steps", "--teacher", str(tmp_path / "base"), "--data", str(data_root), "--run", str(run),
             "--device", "cpu", "--minutes", "0.01", "--method", "no-gan", "--tokens", "48", "--seed", "3",
             "--set", "frames=[[24, 1.0]]", "--set", "p_gen=ladder:2", "--set", "fake_updates=1"]  # fmt: skip
     assert main(call) == 0

@@ -1,4 +1,4 @@
-"""The examples run as they stand, with a tiny model; and the engine's buffers as a command prints them."""
+"""The examples as they stand, with a tiny model; and the buffers that `presto-rt describe` prints."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from presto_rt.cli import describe
+from presto_rt.cli import main
 from presto_rt.pipeline import load
+from presto_rt.runtime import memory
 from tests.support.models import write_tiny_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -33,11 +34,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("weights") / "tiny")
 
 
-def test_every_example_is_tested_here() -> None:
+def test_examples_are_all_tested_here() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {"threads", "server"}
 
 
-def test_threads(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_threads_example_matches_the_pipeline(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = example("threads").main(str(folder), 5)
     assert [audio.seed for audio in made] == list(range(5))
     assert [audio.samples.shape[1] for audio in made] == [44_100 * n for n in (1, 2, 3, 1, 2)]
@@ -47,7 +48,7 @@ def test_threads(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().out.splitlines()) == 5
 
 
-def test_server(folder: Path) -> None:
+def test_server_example_serves_clips_and_explains_errors(folder: Path) -> None:
     import io
     import wave
 
@@ -78,9 +79,9 @@ def test_server(folder: Path) -> None:
         server.server_close()
 
 
-def test_the_buffers_are_printed_and_checked(monkeypatch: pytest.MonkeyPatch,
+def test_describe_prints_buffers_and_detects_aliases(monkeypatch: pytest.MonkeyPatch,
                                              capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    assert describe.main(["medium", "--seconds", "32", "--guidance", "2", "--layers", "75%"]) == 0
+    assert main(["describe", "medium", "--seconds", "32", "--guidance", "2", "--layers", "75%"]) == 0
     printed = capsys.readouterr().out
     lines = {line.split()[0]: line.split() for line in printed.splitlines() if line}
     # by hand: 704 frames in the bucket, 2 network inputs, 1536 wide, 4 x 1536 in the perceptron, bf16
@@ -89,12 +90,12 @@ def test_the_buffers_are_printed_and_checked(monkeypatch: pytest.MonkeyPatch,
     assert float(lines["up"][1]) == pytest.approx(2 * 2 * 704 * 1536 * 6144 / 1e9, rel=1e-4)
     assert float(lines["attention"][1]) == pytest.approx(4 * 2 * 704 * 704 * 1536 / 1e9, rel=1e-4)
     assert float(lines["up"][2]) == pytest.approx(2 * (2 * 704 * 1536 + 1536 * 6144 + 2 * 704 * 6144) / 1e6, rel=1e-4)
-    monkeypatch.setattr(describe, "place", lambda buffers: dict.fromkeys((b.name for b in buffers), 0))
-    assert describe.main(["tiny", "--seconds", "2"]) == 1
+    monkeypatch.setattr(memory, "place", lambda buffers: dict.fromkeys((b.name for b in buffers), 0))
+    assert main(["describe", "tiny", "--seconds", "2"]) == 1
     assert "ALIAS" in capsys.readouterr().err
 
 
-def test_graph_backend_is_the_pipeline(folder: Path) -> None:
+def test_graph_backend_equals_the_torch_backend(folder: Path) -> None:
     """Same call, same sound, whichever backend; and untrained presets say so in their names."""
     request = {"prompt": "piano, 90 bpm", "seconds": 1.0, "seed": 7, "return_latents": True}
     graph, plain = (load(folder, dtype="float32", backend=b) for b in ("graph", "torch"))
