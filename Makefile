@@ -88,15 +88,15 @@ $(VENV)/.installed-training: $(VENV)/.installed
 
 # Killed and started again, it goes on where it was.
 model: $(VENV)/.installed-training
-	$(BIN)/presto-rt data build --hours $(HOURS)
-	$(BIN)/presto-rt train codec --minutes $(CODEC_MINUTES) $$(test ! -e runs/codec/last.safetensors || echo --resume)
-	$(BIN)/presto-rt train encode
-	$(BIN)/presto-rt train base --minutes $(BASE_MINUTES) --resume
-	$(BIN)/presto-rt distill steps --teacher runs/base --minutes $(STEP_MINUTES) --run runs/presto-s --resume
-	$(BIN)/presto-rt distill layers --method generator --teacher runs/presto-s --minutes $(LAYER_MINUTES) --run runs/presto-sl --resume \
+	$(BIN)/presto-rt lab data build --hours $(HOURS)
+	$(BIN)/presto-rt lab train codec --minutes $(CODEC_MINUTES) $$(test ! -e runs/codec/last.safetensors || echo --resume)
+	$(BIN)/presto-rt lab train encode
+	$(BIN)/presto-rt lab train base --minutes $(BASE_MINUTES) --resume
+	$(BIN)/presto-rt lab distill steps --teacher runs/base --minutes $(STEP_MINUTES) --run runs/presto-s --resume
+	$(BIN)/presto-rt lab distill layers --method generator --teacher runs/presto-s --minutes $(LAYER_MINUTES) --run runs/presto-sl --resume \
 	    --set learning_rate=2e-4 --set tokens=1024
-	$(BIN)/presto-rt train pack out/nano --base runs/presto-sl
-	$(BIN)/presto-rt train pack out/nano-base --codec out/nano --share-codec --defaults '{"steps": 32, "sampler": "dpmpp_2m", "guidance": 2.0, "guidance_interval": [0.0, 3.0]}'
+	$(BIN)/presto-rt lab train pack out/nano --base runs/presto-sl
+	$(BIN)/presto-rt lab train pack out/nano-base --codec out/nano --share-codec --defaults '{"steps": 32, "sampler": "dpmpp_2m", "guidance": 2.0, "guidance_interval": [0.0, 3.0]}'
 
 # Each writes bench/results/*.json; the last puts their tables into the README. GPU=--gpu for the kernels on a CUDA device.
 bench: $(VENV)/.installed-tests

@@ -1,7 +1,7 @@
 """How close is the codec to the original, and beside Opus? `python bench/codec.py [--model nano] [--clips 20]`
 
-Held-out rendered clips and recordings of a data set that `presto-rt data build` made. Writes bench/results/codec.json
-and a spectrogram picture of the first clip of each group into docs/.
+Held-out rendered clips and recordings of a data set that `presto-rt lab data build` made. Writes
+bench/results/codec.json and a spectrogram picture of the first clip of each group into docs/.
 """
 
 from __future__ import annotations

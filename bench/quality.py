@@ -1,8 +1,8 @@
 """How good is what the model makes? `python bench/quality.py [--model nano] [--count 200]`
 
 Adherence to held-out captions, distances from real music with their controls, and the denoising error beside the best
-linear denoiser's, as `presto-rt eval` measures them. Needs the data set of `presto-rt data build` with its latents.
-Writes bench/results/quality-NAME.json; clips are kept in runs/quality-NAME, so that a stopped run goes on.
+linear denoiser's, as `presto-rt lab eval` measures them. Needs the data set of `presto-rt lab data build` with its
+latents. Writes bench/results/quality-NAME.json; clips are kept in runs/quality-NAME, so that a stopped run goes on.
 """
 
 from __future__ import annotations

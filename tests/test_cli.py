@@ -173,7 +173,7 @@ def test_main_names_a_missing_package(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_lab_train_without_data_names_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["lab", "train", "base", "--minutes", "1", "--data", str(tmp_path), "--run", str(tmp_path / "run")])
     assert status == 1
-    assert "train encode" in capsys.readouterr().err
+    assert "presto-rt lab train encode" in capsys.readouterr().err
 
 
 def test_sampler_names_equal_the_table_of_samplers(capsys: pytest.CaptureFixture[str]) -> None:

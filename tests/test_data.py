@@ -219,7 +219,7 @@ def test_hours_that_are_no_length_are_refused(tmp_path: Path, hours: float) -> N
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     for text in ("{", "[]", '{"version": 1}', '{"version": 1, "seed": 0, "items": [3]}'):
         (tmp_path / "manifest.json").write_text(text)
-        with pytest.raises(InvalidInputError, match=r"manifest\.json is damaged.*presto-rt data build"):
+        with pytest.raises(InvalidInputError, match=r"manifest\.json is damaged.*presto-rt lab data build"):
             load_manifest(tmp_path)
 
 
@@ -261,7 +261,7 @@ def test_command_line_prints_one_line_of_error(tmp_path: Path, capsys: pytest.Ca
     from presto_rt.lab.data.cli import main
 
     assert main(["info", "--root", str(tmp_path)]) == 1
-    assert "presto-rt data build" in capsys.readouterr().err
+    assert "presto-rt lab data build" in capsys.readouterr().err
 
 
 def test_manifest_round_trip_and_hash(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_manifest_round_trip_and_hash(tmp_path: Path) -> None:
     assert items(back, "train") == items(back, kinds="solo") == [back.items[1]]
     with pytest.raises(InvalidInputError, match="unknown split"):
         items(back, "training")
-    with pytest.raises(InvalidInputError, match="presto-rt data build"):
+    with pytest.raises(InvalidInputError, match="presto-rt lab data build"):
         load_manifest(tmp_path / "nowhere")
 
 

@@ -106,9 +106,20 @@ def test_report_is_json_and_markdown(result: dict[str, Any], tmp_path: Path) -> 
 
 def test_the_command_has_no_paths_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     row = "A=/home/me/models/nano,steps=4"
-    arguments = ["/usr/bin/presto-rt", "eval", "--row", row, "--data=/my data/set/", "/x", "out/a", "../b", "70%"]
+    arguments = [
+        "/usr/bin/presto-rt",
+        "lab",
+        "eval",
+        "--row",
+        row,
+        "--data=/my data/set/",
+        "/x",
+        "out/a",
+        "../b",
+        "70%",
+    ]
     monkeypatch.setattr("sys.argv", arguments)
-    assert report.environment()["command"] == "presto-rt eval --row A=nano,steps=4 --data=set/ x out/a ../b 70%"
+    assert report.environment()["command"] == "presto-rt lab eval --row A=nano,steps=4 --data=set/ x out/a ../b 70%"
 
 
 def test_missing_judges_are_named_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Threads of the CPU engine on a machine that others use too."""
+"""Threads of the CPU runtime on a machine whose other processors are busy."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ for process in busy:
 
 
 @pytest.mark.skipif(native.lib is None, reason=f"no C++ operators: {native.why}")
-def test_waiting_for_a_thread_that_has_no_processor_does_not_burn_another() -> None:
-    """All processors but one are busy with something else. The processor time of 600 small operators on all threads
-    stays near that on one thread; with OpenMP's own way of waiting it is a hundred times as much."""
+def test_thread_limit_does_not_spin_while_processors_are_busy() -> None:
+    """All processors but one are busy. The processor time of 600 small operators on all threads stays near that on one
+    thread; with OpenMP's default spinning it is a hundred times as much."""
     if openmp() is None or not 2 <= (os.cpu_count() or 1) <= 16:
         pytest.skip("needs GNU's OpenMP and 2 to 16 processors")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}

@@ -144,7 +144,7 @@ def test_kill_and_resume(data_root: Path, tmp_path: Path) -> None:
 
 
 def test_missing_latents(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="presto-rt train encode"):
+    with pytest.raises(InvalidInputError, match="presto-rt lab train encode"):
         LatentSet(tmp_path, "train")
 
 

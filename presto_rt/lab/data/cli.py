@@ -1,4 +1,4 @@
-"""`presto-rt data build` and `presto-rt data info`."""
+"""`presto-rt lab data build` and `presto-rt lab data info`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _info(args: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run as `python -m presto_rt.lab.data.cli build ...`."""
-    parser = argparse.ArgumentParser(prog="presto-rt data", description="build or describe the training data set")
+    parser = argparse.ArgumentParser(prog="presto-rt lab data", description="build or describe the training data set")
     add_commands(parser.add_subparsers(dest="command", required=True))
     args = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""`presto-rt distill`: fewer layers, fewer steps, or both, from a teacher."""
+"""`presto-rt lab distill`: fewer layers, fewer steps, or both, from a teacher."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
             "--minutes", type=float, required=True, help="time budget; a resumed run counts what it has used"
         )
         p.add_argument("--limit", type=float, metavar="MINUTES", help="stop this call earlier, to go on with --resume")
-        p.add_argument("--data", default="data", help="the folder of `presto-rt data build`, with encoded latents")
+        p.add_argument("--data", default="data", help="the folder of `presto-rt lab data build`, with encoded latents")
         p.add_argument("--run", dest="run_dir", default=f"runs/{name}", help="checkpoints and logs go here")
         p.add_argument("--device", default="auto")
         p.add_argument("--resume", action="store_true")

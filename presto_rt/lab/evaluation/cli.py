@@ -1,4 +1,4 @@
-"""`presto-rt eval`: judge a model on held-out captions."""
+"""`presto-rt lab eval`: judge a model on held-out captions."""
 
 from __future__ import annotations
 

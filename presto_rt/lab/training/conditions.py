@@ -48,7 +48,7 @@ class LatentSet:
         rows, index = root / "latents" / f"{split}.npy", root / "latents" / f"{split}.json"
         if not rows.is_file() or not index.is_file():
             raise InvalidInputError(
-                f"no encoded latents at {rows}: run `presto-rt train encode` after training the codec"
+                f"no encoded latents at {rows}: run `presto-rt lab train encode` after training the codec"
             )
         self.device = torch.device(device)
         self.latents = torch.from_numpy(np.load(rows)).to(self.device)
@@ -56,7 +56,7 @@ class LatentSet:
         entries = json.loads(index.read_text())["items"]
         ends = [entry["start"] + entry["frames"] for entry in entries]
         if any(entry["id"] not in known for entry in entries) or max(ends, default=0) > len(self.latents):
-            raise InvalidInputError(f"{rows} is of another data set than {root}: run `presto-rt train encode` again")
+            raise InvalidInputError(f"{rows} is of another data set than {root}: run `presto-rt lab train encode` again")
         self.pieces = [self._piece(entry, known[entry["id"]]) for entry in entries]
         self.pieces = [p for p in self.pieces if p.captions]
         if not self.pieces:
