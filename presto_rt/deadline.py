@@ -1,44 +1,35 @@
-"""Which plan ends in time? A table of what the parts of a generation cost on this machine, and the choice from it.
+"""Deadlines: a table of measured costs, and the choice of the best plan that ends in time.
 
-One row for each clip length; times in seconds, the slowest of the repeats:
+One row for each clip length and batch size; times in seconds, the slowest of the repeats:
 
-    total = text + start + sum over evaluations (evaluation + block * blocks) * (guided, where guidance acts) + decode
+    total = text + start + sum over network calls (evaluation + block * blocks) * (guided, where guidance is active)
+            + decode
 
-The table is measured by `presto-rt tune`, or quickly when a deadline is first asked for, and kept in the user's cache
-folder under a key of weights, device, dtype, threads, backend and torch version.
+Everything here is pure: `measure` takes the function that runs, and `latency_store` keeps tables in files.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
-import platform
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
-import torch
-
-from .diffusion.samplers import evaluated_sigmas
+from .diffusion.schedule import Layers, LayerSchedule
+from .diffusion.trajectory import evaluated_sigmas
 from .errors import InvalidInputError
+from .request import Defaults, SamplingPlan, SamplingSettings
 
-if TYPE_CHECKING:
-    from .diffusion.schedule import Layers
-    from .pipeline import Pipeline, Plan
-
-log = logging.getLogger("presto_rt")
-
-PROMPT = "calm piano with warm strings, 84 bpm"
-MARGIN = 1.05  # predictions are raised by this much before they are held against a deadline
+MARGIN = 1.05  # predictions are raised by this factor before they are compared with a deadline
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 @dataclass(frozen=True)
-class Row:
-    """Costs in seconds of clips of `seconds`; `guided` is how much longer a guided evaluation takes (a factor)."""
+class CostRow:
+    """Costs in seconds of a batch of `clips` clips of `seconds` each.
+
+    text, start, decode: once a batch. evaluation: of a network call without blocks. block: of one block. guided: factor
+    of a guided call.
+    """
 
     seconds: float
     text: float
@@ -47,63 +38,218 @@ class Row:
     block: float
     guided: float
     decode: float
+    clips: int = 1
 
 
-def key(model: Pipeline) -> dict[str, Any]:
-    """What a table depends on."""
-    cuda = model.device.type == "cuda"
-    weights = model.digest or hashlib.sha256(json.dumps(model.config.to_dict()).encode()).hexdigest()
-    device = torch.cuda.get_device_name(model.device) if cuda else f"{platform.machine()}, {os.cpu_count()} cores"
-    threads = getattr(getattr(model, "engine", None), "threads", torch.get_num_threads())
-    return {"weights": weights, "device": device, "dtype": model.precision, "threads": threads,
-            "backend": getattr(model, "backend", "torch"), "torch": torch.__version__}  # fmt: skip
+@dataclass(frozen=True)
+class LatencyTable:
+    """Measured rows of one model on one machine."""
+
+    rows: tuple[CostRow, ...] = ()
+
+    def merged(self, rows: Iterable[CostRow]) -> LatencyTable:
+        """Return the table with rows added; a row of the same length and batch is replaced."""
+        by_shape = {(row.seconds, row.clips): row for row in (*self.rows, *rows)}
+        return LatencyTable(tuple(by_shape[shape] for shape in sorted(by_shape)))
+
+    def covers(self, seconds: float) -> bool:
+        """Return True if rows of lengths below and above (or at) `seconds` exist."""
+        lengths = [row.seconds for row in self.rows]
+        return bool(lengths) and min(lengths) <= seconds <= max(lengths)
+
+    def at(self, seconds: float, clips: int = 1) -> CostRow:
+        """Return the costs at a length and batch size, interpolated between measured ones.
+
+        Larger batches than measured cost in proportion. Raises InvalidInputError where the table does not cover the
+        length.
+        """
+        if not self.covers(seconds):
+            raise InvalidInputError(
+                f"no timings for clips of {seconds:g} s on this machine: run `presto-rt tune --seconds {seconds:g}`, or "
+                "load the model with auto_tune=True"
+            )
+        lower = max(row.seconds for row in self.rows if row.seconds <= seconds)
+        upper = min(row.seconds for row in self.rows if row.seconds >= seconds)
+        low, high = (self._batch([row for row in self.rows if row.seconds == s], clips) for s in (lower, upper))
+        share = (seconds - lower) / max(upper - lower, 1e-9)
+        return replace(_blend(low, high, share), clips=clips)
+
+    @staticmethod
+    def _batch(rows: list[CostRow], clips: int) -> CostRow:
+        """Costs of a batch at one length."""
+        below = max((row for row in rows if row.clips <= clips), key=lambda row: row.clips, default=None)
+        above = min((row for row in rows if row.clips >= clips), key=lambda row: row.clips, default=None)
+        if below is None or above is None:
+            nearest = above or below
+            assert nearest is not None
+            factor = max(clips / nearest.clips, 1.0)
+            scaled = {name: getattr(nearest, name) * factor for name in ("start", "evaluation", "block", "decode")}
+            return replace(nearest, **scaled)
+        return _blend(below, above, (clips - below.clips) / max(above.clips - below.clips, 1))
 
 
-def table_path(model: Pipeline) -> Path:
-    """The file of this model's table: below $XDG_CACHE_HOME or ~/.cache."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = hashlib.sha256(json.dumps(key(model), sort_keys=True).encode()).hexdigest()[:16]
-    return base / "presto-rt" / f"tune-{name}.json"
+def _blend(low: CostRow, high: CostRow, share: float) -> CostRow:
+    values = {f.name: getattr(low, f.name) + share * (getattr(high, f.name) - getattr(low, f.name)) for f in fields(low)}
+    return CostRow(**values | {"clips": low.clips})
 
 
-def load_table(model: Pipeline) -> list[Row]:
-    """The rows measured so far, by rising length; none where there is no readable table."""
-    try:
-        data = json.loads(table_path(model).read_text())
-        return [Row(**row) for row in data["rows"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+def predict(row: CostRow, plan: SamplingPlan) -> float:
+    """Return the seconds that a plan takes for one batch of the row."""
+    calls = [
+        (row.evaluation + row.block * len(plan.layers.blocks(s))) * (row.guided if plan.guidance.active(s) else 1.0)
+        for s in evaluated_sigmas(plan.sampler, plan.sigmas)
+    ]
+    return row.text + row.start + sum(calls) + row.decode
 
 
-def tune(model: Pipeline, lengths: Iterable[float], repeats: int = 3) -> list[Row]:
-    """Measure rows for clips of `lengths` seconds and keep them beside the others. Returns the whole table."""
-    rows = {row.seconds: row for row in load_table(model)}
-    for seconds in lengths:
-        rows[float(seconds)] = measure(model, float(seconds), repeats)
-    table = [rows[s] for s in sorted(rows)]
-    path = table_path(model)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".{os.getpid()}.tmp")
-        fresh.write_text(json.dumps({"key": key(model), "rows": [asdict(row) for row in table]}, indent=1) + "\n")
-        fresh.replace(path)
-    except OSError as error:
-        log.warning("the table of timings cannot be kept in %s (%s)", path.parent, error.strerror)
-    return table
+def predict_clips(table: LatencyTable, plan: SamplingPlan, seconds: float, clips: int, max_batch: int) -> float:
+    """Return the seconds that a plan takes for several clips, which run in batches.
+
+    Args:
+        table: measured costs.
+        plan: of each clip.
+        seconds: length of a clip.
+        clips: number of clips.
+        max_batch: largest batch of the backend.
+    """
+    whole, rest = divmod(clips, max_batch)
+    total = whole * predict(table.at(seconds, max_batch), plan) if whole else 0.0
+    return total + (predict(table.at(seconds, rest), plan) if rest else 0.0)
 
 
-def measure(model: Pipeline, seconds: float, repeats: int = 3) -> Row:
-    """A row from a few short generations: one step and three, few blocks and all, guided and not."""
-    depth = model.config.blocks
+def candidates(
+    steps: int | None,
+    layers: Layers,
+    *,
+    quality: Sequence[Mapping[str, Any]],
+    schedules: Mapping[str, LayerSchedule],
+    defaults: Defaults,
+    blocks_run: Callable[[int, Layers], int],
+) -> list[tuple[int, Layers]]:
+    """Return (steps, layers) of the plans to choose from, the best first; given values stay.
+
+    Measured figures of the weights decide, where there are any. Without figures the best plan runs the most blocks in
+    all, over steps up to twice the default and the budgets that the weights were trained for.
+
+    Args:
+        steps: given number of steps, or None.
+        layers: given layer budget, or None.
+        quality: measured figures of plans, each {"steps", "layers", "kid"}.
+        schedules: layer schedules of the weights, by budget.
+        defaults: of the weights.
+        blocks_run: number of blocks that a plan runs.
+
+    Raises:
+        InvalidInputError: if steps and layers leave no single choice for each step.
+    """
+    per_step = isinstance(layers, list | tuple) or (steps is None and isinstance(layers, str) and "," in layers)
+    if not isinstance(steps, int | None) or per_step:
+        raise InvalidInputError("with deadline_ms, steps is a whole number or left out, and layers has no entry per step")
+    measured = [
+        (entry["kid"], entry["steps"], entry.get("layers"))
+        for entry in quality
+        if steps in (None, entry["steps"]) and layers in (None, entry.get("layers"))
+    ]
+    if measured:
+        return [(count, budget) for _, count, budget in sorted(measured, key=lambda entry: entry[0])]
+    budgets = [layers] if layers is not None else list(schedules) or ["100%"]
+    counts = [steps] if steps is not None else [count for count in STEPS if count <= 2 * defaults.steps]
+    pairs = [(count, budget) for count in counts for budget in budgets]
+    return sorted(pairs, key=lambda pair: (blocks_run(*pair), pair[0]), reverse=True)
+
+
+def choose(plans: Sequence[SamplingPlan], costs: Sequence[float], limit: float) -> SamplingPlan:
+    """Return the first plan whose cost is within `limit` seconds.
+
+    Raises InvalidInputError, with the fastest plan's cost, when none is. costs: seconds of each plan.
+    """
+    for plan, cost in zip(plans, costs, strict=True):
+        if MARGIN * cost <= limit:
+            return plan
+    cost, fastest = min(zip(costs, plans, strict=True), key=lambda pair: pair[0])
+    raise InvalidInputError(
+        f"nothing fits {1000 * limit:g} ms here: the fastest plan, {fastest.steps} steps, takes about "
+        f"{1000 * MARGIN * cost:.0f} ms; allow that much, or ask for a shorter clip"
+    )
+
+
+def plan_within(
+    limit: float,
+    settings: SamplingSettings,
+    clips: int,
+    *,
+    plan: Callable[[SamplingSettings], SamplingPlan],
+    table: LatencyTable,
+    max_batch: Callable[[int], int],
+    quality: Sequence[Mapping[str, Any]],
+    schedules: Mapping[str, LayerSchedule],
+    defaults: Defaults,
+) -> SamplingPlan:
+    """Return the best plan whose clips end within `limit` seconds.
+
+    Args:
+        limit: seconds for all clips.
+        settings: of the call; given steps and layers stay.
+        clips: number of clips.
+        plan: makes a plan of settings.
+        table: measured costs.
+        max_batch: largest batch of the backend at a number of latent frames.
+        quality: measured figures of plans, each {"steps", "layers", "kid"}.
+        schedules: layer schedules of the weights, by budget.
+        defaults: of the weights.
+
+    Raises:
+        InvalidInputError: where nothing fits, the table does not cover the length, or nothing is left to choose.
+    """
+
+    def blocks_run(steps: int, layers: Layers) -> int:
+        return plan(replace(settings, seconds=1.0, steps=steps, layers=layers)).blocks_run
+
+    pairs = candidates(
+        settings.steps,
+        settings.layers,
+        quality=quality,
+        schedules=schedules,
+        defaults=defaults,
+        blocks_run=blocks_run,
+    )
+    plans = [plan(replace(settings, steps=steps, layers=layers)) for steps, layers in pairs]
+    batch = max_batch(plans[0].frames)
+    return choose(plans, [predict_clips(table, one, settings.seconds, clips, batch) for one in plans], limit)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Settings of one short run: clips of `seconds`, steps, blocks of every step, guidance scale."""
+
+    seconds: float
+    clips: int
+    steps: int
+    blocks: int
+    guidance: float
+
+
+#: Runs a probe; returns the seconds of the stages "text", "denoise" and "decode".
+Run = Callable[[Probe], Mapping[str, float]]
+
+
+def measure(run: Run, seconds: float, depth: int, *, clips: int = 1, repeats: int = 3) -> CostRow:
+    """Return a row from short runs: one step and three, a quarter of the blocks and all, guided and not.
+
+    Args:
+        run: runs a probe.
+        seconds: length of the clips.
+        depth: blocks of the network.
+        clips: batch size.
+        repeats: the slowest of this many runs counts.
+    """
     few = max(1, depth // 4)
 
     def timings(steps: int, blocks: int, guidance: float) -> dict[str, float]:
-        settings = {"seconds": seconds, "steps": steps, "layers": blocks, "guidance": guidance, "sampler": "euler",
-                    "guidance_interval": (0.0, float("inf")), "seed": 0}  # fmt: skip
-        runs = [model.generate(PROMPT, **settings).timings for _ in range(repeats)]
-        return {name: max(run[name] for run in runs) for name in runs[0]}
+        runs = [run(Probe(seconds, clips, steps, blocks, guidance)) for _ in range(repeats)]
+        return {name: max(one[name] for one in runs) for name in ("text", "denoise", "decode")}
 
-    model.generate(PROMPT, seconds=seconds, steps=1, seed=0)  # first calls load and compile
+    run(Probe(seconds, clips, 1, depth, 1.0))  # the first run loads and compiles
     one, three, guided = timings(1, depth, 1.0), timings(3, depth, 1.0), timings(3, depth, 2.0)
     full = max((three["denoise"] - one["denoise"]) / 2, 1e-6)
     start = max(one["denoise"] - full, 0.0)
@@ -112,75 +258,4 @@ def measure(model: Pipeline, seconds: float, repeats: int = 3) -> Row:
         short = max((timings(3, few, 1.0)["denoise"] - start) / 3, 0.0)
         block = max((full - short) / (depth - few), 0.0)
     factor = max((guided["denoise"] - start) / (3 * full), 1.0)
-    return Row(seconds, one["text"], start, max(full - block * depth, 0.0), block, factor, one["decode"])
-
-
-def predict(row: Row, plan: Plan) -> float:
-    """Seconds that a plan takes for one clip of the row's length."""
-    levels = evaluated_sigmas(plan.sampler, plan.levels)
-    costs = [
-        (row.evaluation + row.block * len(plan.layers.blocks(s))) * (row.guided if plan.guidance.active(s) else 1.0)
-        for s in levels
-    ]
-    return row.text + row.start + sum(costs) + row.decode
-
-
-def row_for(model: Pipeline, seconds: float) -> Row:
-    """Costs at a length: between the two measured lengths around it, or measured now where there are none."""
-    table = load_table(model)
-    below = [row for row in table if row.seconds <= seconds]
-    above = [row for row in table if row.seconds >= seconds]
-    if not below or not above:
-        log.warning("no timings for %g s clips here yet: measuring; `presto-rt tune` does it thoroughly", seconds)
-        table = tune(model, [seconds], repeats=1)
-        return next(row for row in table if row.seconds == seconds)
-    low, high = asdict(below[-1]), asdict(above[0])
-    share = (seconds - low["seconds"]) / max(high["seconds"] - low["seconds"], 1e-9)
-    return Row(**{name: low[name] + share * (high[name] - low[name]) for name in low})
-
-
-def candidates(model: Pipeline, steps: int | None, layers: Layers) -> list[tuple[int, Layers]]:
-    """Plans as (steps, layers), the best first; what is given stays.
-
-    The best is what the weights' own figures say. Without figures it is the most blocks run in all, over steps up to
-    twice the default and the budgets that the model has learned: dropping others costs more than it saves.
-    """
-    known = [
-        (entry["kid"], entry["steps"], entry.get("layers"))
-        for entry in model.quality
-        if steps in (None, entry["steps"]) and layers in (None, entry.get("layers"))
-    ]
-    if known:
-        return [(n, budget) for _, n, budget in sorted(known, key=lambda entry: entry[0])]
-    budgets = [layers] if layers is not None else list(model.schedules) or ["100%"]
-    counts = [steps] if steps is not None else [n for n in STEPS if n <= 2 * model.defaults.steps]
-
-    def blocks_run(candidate: tuple[int, Layers]) -> tuple[int, int]:
-        plan = model.plan(1.0, candidate[0], layers=candidate[1])
-        return sum(len(plan.layers.blocks(s)) for s in plan.levels[:-1]), candidate[0]
-
-    return sorted(((n, budget) for n in counts for budget in budgets), key=blocks_run, reverse=True)
-
-
-def plan_in_time(model: Pipeline, limit: float, clips: int, seconds: float, steps: int | None, layers: Layers,
-                 request: dict[str, Any]) -> Plan:  # fmt: skip
-    """The best plan for `clips` clips of `seconds` that ends within `limit` seconds.
-
-    request: what else `Pipeline.plan` takes. Raises InvalidInputError, saying the fastest possible, when nothing fits.
-    """
-    each = isinstance(layers, list | tuple) or (steps is None and isinstance(layers, str) and "," in layers)
-    if not isinstance(steps, int | None) or each:
-        raise InvalidInputError(
-            "with deadline_ms, steps is a whole number or left out, and layers has no entry per step"
-        )
-    plans = [model.plan(seconds, n, layers=budget, **request) for n, budget in candidates(model, steps, layers)]
-    row = row_for(model, plans[0].samples / 44_100)
-    costs = [MARGIN * clips * predict(row, plan) for plan in plans]
-    for plan, cost in zip(plans, costs, strict=True):
-        if cost <= limit:
-            return plan
-    cost, plan = min(zip(costs, plans, strict=True), key=lambda pair: pair[0])
-    raise InvalidInputError(
-        f"nothing fits {1000 * limit:g} ms here: the fastest plan, {len(plan.levels) - 1} steps, takes about "
-        f"{1000 * cost:.0f} ms; allow that much, or ask for a shorter clip"
-    )
+    return CostRow(seconds, one["text"], start, max(full - block * depth, 0.0), block, factor, one["decode"], clips)

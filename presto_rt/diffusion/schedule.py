@@ -54,12 +54,6 @@ def _check_steps(steps: int) -> None:
         raise InvalidInputError(f"steps must be a whole number of at least 1, not {steps!r}")
 
 
-def sampling_sigmas(sampler: str, steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
-    """The ladder that a sampler walks down, 0.0 at its end."""
-    ladder = few_step_sigmas if sampler == "few_step" else karras_sigmas
-    return ladder(steps, sigma_min, sigma_max, rho)
-
-
 def training_sigmas(u: Tensor, mean: float = P_MEAN, std: float = P_STD) -> Tensor:
     """p(s_train): ln sigma ~ N(mean, std^2), from uniform u in (0, 1) (stratify u for lower variance)."""
     return (mean + std * torch.special.ndtri(u)).exp()

@@ -10,18 +10,15 @@ encoder is frozen; a new encoder means new latents, and a new diffusion model.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import GenerationError, InvalidInputError, WeightsError
+from ..errors import InvalidInputError, WeightsError
 from .spectral import FRAME_HOP, FRAMES_PER_LATENT, LATENT_HOP, SAMPLE_RATE, SpectralFrames
 
 SIGMA_DATA = 0.5
@@ -132,16 +129,19 @@ class Decoder(nn.Module):
 
 
 class Codec(nn.Module):
-    """Stereo samples <-> latents. Buffers: the features' mean per band, the latents' mean and scale, the gain per
-    band (nats) that makes up for what neighbouring frames of imperfect phase cancel, and the ceiling: the loudest that
-    training audio was in each band, which decoding never exceeds. Latents that a sampler made are not exactly those of
-    any sound, and an error in a logarithm is heard as a burst."""
+    """Autoencoder between stereo samples and latents.
+
+    Buffers: mean of the features per band; mean and scale of the latents; synthesis_gain per band (nats), which makes up
+    for the cancellation between neighbouring frames of imperfect phase; max_log_magnitude, the largest log-magnitude of
+    the training audio per band, which decoding never exceeds: sampled latents are not exactly those of any sound, and
+    an error in a logarithm is audible as a burst.
+    """
 
     feature_mean: Tensor
     latent_mean: Tensor
     latent_scale: Tensor
     synthesis_gain: Tensor
-    ceiling: Tensor
+    max_log_magnitude: Tensor
 
     def __init__(self, config: CodecConfig | None = None) -> None:
         super().__init__()
@@ -154,7 +154,13 @@ class Codec(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(self.config.latent_channels))
         self.register_buffer("latent_scale", torch.full((self.config.latent_channels,), SIGMA_DATA))
         self.register_buffer("synthesis_gain", torch.zeros(bands))
-        self.register_buffer("ceiling", torch.full((2, bands), 20.0))  # nats; that high, it does nothing
+        self.register_buffer("max_log_magnitude", torch.full((2, bands), 20.0))  # nats; 20 limits nothing
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Weights files name this buffer "ceiling".
+        if f"{prefix}ceiling" in state_dict:
+            state_dict[f"{prefix}max_log_magnitude"] = state_dict.pop(f"{prefix}ceiling")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     feature_scale = 0.5  # log-magnitudes in nats spread by about 2
 
@@ -196,19 +202,23 @@ class Codec(nn.Module):
         """Latents (B, T, C) at std 0.5 -> log-magnitudes of mid and side and their cosine, (B, 4 T, 3, bands).
         Network only."""
         features = self.denormalize(self.decoder(latents / self.latent_scale + self.latent_mean))
-        return torch.cat([torch.minimum(features[:, :, :2], self.ceiling), features[:, :, 2:]], 2)
+        return torch.cat([torch.minimum(features[:, :, :2], self.max_log_magnitude), features[:, :, 2:]], 2)
 
     @torch.inference_mode()
     def decode(
-        self, latents: Tensor, frames: int | None = None, griffin_lim: int | None = None, clamp: bool = True,
-        network: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Latents (B, T, C) or (T, C) at std 0.5 -> stereo samples (B, 2, frames), T * 2048 by default.
+        self, latents: Tensor, frames: int | None = None, griffin_lim: int | None = None, clamp: bool = True
+    ) -> Tensor:
+        """Return stereo samples (B, 2, frames) fp32 of latents (B, T, C) or (T, C) at standard deviation 0.5.
 
-        They lie in [-1, 1] unless `clamp` is off. network: runs in place of `decode_features`, as an engine does.
+        Args:
+            latents: from `encode` or a sampler.
+            frames: number of samples; None for T * 2048.
+            griffin_lim: iterations of fast Griffin-Lim; None for the config's number.
+            clamp: limit the samples to [-1, 1].
 
-        `griffin_lim` fast iterations refine the phase (None: the config's number). Raises InvalidInputError on other
-        shapes or when `frames` is more than the latents hold, GenerationError on values that are not finite.
+        Raises:
+            InvalidInputError: for other shapes, or more frames than the latents hold.
+            GenerationError: for values that are not finite.
         """
         if latents.ndim == 2:
             latents = latents[None]
@@ -225,11 +235,14 @@ class Codec(nn.Module):
             raise InvalidInputError(f"griffin_lim must be 0 or more, got {iterations}")
         latents = latents.to(self._device(), torch.float32)
         if not torch.isfinite(latents).all():
-            raise GenerationError("the sampler diverged: latents hold NaN or infinity; try another sampler or seed")
-        features = (network or self.decode_features)(latents)
-        samples = self.frames.synthesize(features, iterations, self.synthesis_gain)
+            raise GenerationError("latents hold NaN or infinity: the sampler diverged; try more steps or less guidance")
+        samples = self.frames.synthesize(self.decode_features(latents), iterations, self.synthesis_gain)
         samples = samples[..., :frames]
         return samples.clamp(-1.0, 1.0) if clamp else samples
+
+    def release_decoder(self) -> None:
+        """Free the decoder's weights, once a backend has packed them; `decode` is not available afterwards."""
+        self.decoder = nn.Identity()  # type: ignore[assignment]
 
     def freeze_encoder(self) -> None:
         """Stop all gradients of the encoder, so that training the decoder on keeps the latents as they are."""
@@ -244,31 +257,3 @@ class Codec(nn.Module):
     def frame_rate(self) -> float:
         """Spectral frames per second."""
         return SAMPLE_RATE / FRAME_HOP
-
-
-def load_codec(where: str | os.PathLike[str]) -> Codec:
-    """A codec on the CPU, fp32, from a codec trainer's run folder or its final/, a weights folder or a shipped model.
-
-    Raises InvalidInputError where there is none of these, WeightsError where its files are damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from ..checkpoints import load_folder
-
-    folder = Path(where)
-    if (folder / "final").is_dir():
-        folder = folder / "final"
-    if (folder / "codec.safetensors").is_file() and (folder / "config.json").is_file():
-        try:
-            config, state = json.loads((folder / "config.json").read_text()), load_file(folder / "codec.safetensors")
-        except (SafetensorError, ValueError) as error:
-            raise WeightsError(f"{folder} is damaged: {error}") from error
-    elif folder.is_dir() and not (folder / "config.json").is_file():
-        raise InvalidInputError(f"{folder} has no config.json and codec.safetensors: give a codec trainer's run folder")
-    else:
-        loaded = load_folder(where)
-        config, state = loaded.config["codec"], loaded.parts["codec"]
-    codec = Codec(CodecConfig.from_dict(config))
-    codec.load_state_dict({name: value.float() for name, value in state.items()})
-    return codec.eval()

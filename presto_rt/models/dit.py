@@ -6,35 +6,43 @@ One block (Peebles & Xie 2023, AdaLN-zero, with cross-attention to text):
     x = x + CrossAttention(norm(x), text states)
     x = x + gate_m * MLP(norm(x) * (1 + scale_m) + shift_m)
 
-(shift, scale, gate) come from one vector per clip: noise level + pooled text + clip length + layer budget. Blocks are
-skipped by leaving them out of `blocks`; the budget input tells the network how many will run.
+(shift, scale, gate) come from one vector per clip: noise level + pooled text + clip length + key + layer budget. Blocks
+are skipped by leaving them out of `blocks`; the network is also conditioned on the share of blocks that run.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..conditioning.keys import KEY_CHANNELS
+from ..conditioning.ports import Conditioning
+from ..conditioning.tempo import BEAT_CHANNELS
+from ..conditioning.text_conditioner import VectorFields, pack_vector, unpack_vector
 from ..diffusion.precond import sigma_of
 from .config import ModelConfig
+from .rotary import rotary_angles, rotate
 
-KEY_SIGMA = 4.0  # the key is decided above; below it is in the latents themselves
-BEAT_CHANNELS = 5  # sin, cos of beat phase; sin, cos of bar phase; 1 where a tempo is given
+KEY_SIGMA = 4.0  # the key is decided at higher noise; below, the latents themselves show it
+NORM_EPS = 1e-6  # of layer norms and of the RMS norms of queries and keys
 
 
 @dataclass
 class Condition:
-    """What a clip is conditioned on, for a batch of B clips.
+    """Conditioning of B clips under the names that training uses; `ports` has the runtime's form.
 
-    text: (B, L, text_dim) token states; text_mask: (B, L) bool, True for real tokens; pooled: (B, text_dim);
-    seconds: (B,) clip length; beat: (B, T, 5) beat-phase features, zeros where no tempo is asked; key: (B, 24) of
-    `keys.key_features`, zeros where no key is asked.
+    Args:
+        text: (B, L, text_dim) token states.
+        text_mask: (B, L) bool, True for valid tokens.
+        pooled: (B, text_dim) mean token state.
+        seconds: (B,) clip length.
+        beat: (B, T, 5) beat-phase features (`conditioning.tempo`), zeros without a tempo.
+        key: (B, 24) key features (`conditioning.keys`), zeros without a key.
     """
 
     text: Tensor
@@ -44,41 +52,41 @@ class Condition:
     beat: Tensor
     key: Tensor
 
+    @classmethod
+    def from_ports(cls, ports: Conditioning) -> Condition:
+        """Return the named fields of a conditioning by ports."""
+        vector = unpack_vector(ports.vector)
+        return cls(ports.cross, ports.cross_mask, vector.pooled, vector.seconds, ports.local, vector.key)
+
+    def ports(self) -> Conditioning:
+        """Return the conditioning by ports; valid tokens must come first."""
+        lengths = self.text_mask.sum(1, dtype=torch.int32)
+        return Conditioning(self.text, lengths, self.vector(), self.beat)
+
+    def vector(self) -> Tensor:
+        """Return the vector port (B, text_dim + 25)."""
+        return pack_vector(VectorFields(self.pooled, self.seconds, self.key))
+
     def take(self, index: Tensor) -> Condition:
-        """The clips at `index`."""
-        return Condition(*(getattr(self, k)[index] for k in self.__dataclass_fields__))
+        """Return the clips at `index`."""
+        return Condition(*(getattr(self, f.name)[index] for f in fields(self)))
 
     def cat(self, other: Condition) -> Condition:
-        """Stack two batches of conditions with equal T (texts are padded to the longer)."""
+        """Stack two batches of equal T; shorter texts are padded."""
         length = max(self.text.shape[1], other.text.shape[1])
-        a, b = self._padded(length), other._padded(length)
-        return Condition(*(torch.cat([getattr(a, k), getattr(b, k)]) for k in self.__dataclass_fields__))
+        first, second = self._padded(length), other._padded(length)
+        return Condition(*(torch.cat([getattr(first, f.name), getattr(second, f.name)]) for f in fields(self)))
 
     def _padded(self, length: int) -> Condition:
-        extra = length - self.text.shape[1]
-        if not extra:
+        missing = length - self.text.shape[1]
+        if not missing:
             return self
-        return replace(
-            self, text=F.pad(self.text, (0, 0, 0, extra)), text_mask=F.pad(self.text_mask, (0, extra), value=False)
-        )
+        mask = F.pad(self.text_mask, (0, missing), value=False)
+        return replace(self, text=F.pad(self.text, (0, 0, 0, missing)), text_mask=mask)
 
     def to(self, device: torch.device | str) -> Condition:
-        return Condition(*(getattr(self, k).to(device) for k in self.__dataclass_fields__))
-
-
-def beat_features(frames: int, frame_seconds: float, bpm: float | Tensor | None, beats_per_bar: int | Tensor = 4,
-                  offset: float | Tensor = 0.0, start: float | Tensor = 0.0) -> Tensor:  # fmt: skip
-    """(frames, 5) beat-phase input: phases of beat and bar at each latent frame's centre; zeros when `bpm` is None.
-
-    offset: time in seconds of the first downbeat; start: time of frame 0 (for crops). With (B, 1) fp64 tensors in
-    place of the numbers: (B, frames, 5).
-    """
-    if bpm is None:
-        return torch.zeros(frames, BEAT_CHANNELS)
-    seconds = start + (torch.arange(frames, dtype=torch.float64) + 0.5) * frame_seconds - offset
-    beat = 2 * math.pi * seconds * bpm / 60
-    bar = beat / beats_per_bar
-    return torch.stack([beat.sin(), beat.cos(), bar.sin(), bar.cos(), torch.ones_like(beat)], -1).float()
+        """Return the same condition on another device."""
+        return Condition(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 def fourier(x: Tensor, dim: int, max_period: float = 1000.0) -> Tensor:
@@ -86,19 +94,6 @@ def fourier(x: Tensor, dim: int, max_period: float = 1000.0) -> Tensor:
     frequencies = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=x.device) / (dim // 2))
     angles = x.float()[:, None] * frequencies * 100.0
     return torch.cat([angles.cos(), angles.sin()], -1)
-
-
-def rotary_table(frames: int, head_dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """cos and sin, each (frames, head_dim / 2) fp32 (RoFormer, Su et al. 2021)."""
-    inverse = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angles = torch.arange(frames, device=device, dtype=torch.float32)[:, None] * inverse
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on (B, H, T, D), first half against second half, in fp32."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class QKNorm(nn.Module):
@@ -109,7 +104,7 @@ class QKNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), 1e-6)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), NORM_EPS)
 
 
 class Block(nn.Module):
@@ -171,11 +166,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 def norm(x: Tensor) -> Tensor:
     """Layer norm over the last axis without weights; the modulation that follows supplies them."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
 class DiT(nn.Module):
-    """The raw network F(c_in x; c_noise, condition); `diffusion.precond.Denoiser` turns it into D(x; sigma)."""
+    """Raw network F(c_in x; c_noise, condition); `diffusion.precond` turns it into the denoiser D(x; sigma)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -200,62 +195,102 @@ class DiT(nn.Module):
         nn.init.normal_(self.null_text, std=0.02)
 
     def condition_vector(self, c_noise: Tensor, condition: Condition, budget: Tensor) -> Tensor:
-        """(B, width) vector that every modulation row is made from. budget: (B,) fraction of blocks that run."""
-        return F.silu(self.condition_sum(c_noise, condition, budget))
+        """Return the (B, width) input of every modulation row. budget: (B,) share of the blocks that run."""
+        return self.embed(c_noise, condition.vector(), budget)
 
-    def condition_sum(self, c_noise: Tensor, condition: Condition, budget: Tensor) -> Tensor:
-        """`condition_vector` before its SiLU: the sum of one embedding for each input."""
+    def embed(self, c_noise: Tensor, vector: Tensor, budget: Tensor) -> Tensor:
+        """Return `condition_vector` from the vector port (B, text_dim + 25)."""
+        return F.silu(self.embedding_sum(c_noise, vector, budget))
+
+    def embedding_sum(self, c_noise: Tensor, vector: Tensor, budget: Tensor) -> Tensor:
+        """Return `embed` before its SiLU: the sum of one embedding for each input."""
         dtype = self.noise[0].weight.dtype
-        vector = self.noise(fourier(c_noise, 256).to(dtype))
-        vector = vector + self.length(fourier(condition.seconds.clamp_min(0.1).log() / 5, 256).to(dtype))
-        vector = vector + self.budget(fourier(budget, 256).to(dtype))
-        # Only where it matters, or else its few useful gradients drown in the noise of all others.
+        pooled, seconds, key = unpack_vector(vector)
+        total = self.noise(fourier(c_noise, 256).to(dtype))
+        total = total + self.length(fourier(seconds.clamp_min(0.1).log() / 5, 256).to(dtype))
+        total = total + self.budget(fourier(budget, 256).to(dtype))
+        # Gated to high noise; low-noise gradients would otherwise dominate this input's training.
         sigma = sigma_of(c_noise.float(), self.config.network, self.config.sigma_data)
         gate = (1 / (1 + (KEY_SIGMA / sigma) ** 2))[:, None]
-        return vector + self.pooled(condition.pooled.to(dtype)) + self.key((gate * condition.key).to(dtype))
+        return total + self.pooled(pooled.to(dtype)) + self.key((gate * key).to(dtype))
 
     @torch.no_grad()
     def reset_budget_embedding(self) -> None:
-        """Answer to every budget as to 1, which stays as it was.
+        """Make the output independent of the budget input, keeping the output at budget 1.
 
-        A network that was only ever told 1 has learned that one column of the embedding; what it says to others is
-        chance (at half of the blocks and sigma 24 it raised nano-base's error by a quarter).
+        A network trained at budget 1 alone has learned one column of the embedding; at other budgets its output is
+        arbitrary (half of the blocks, sigma 24: the base model's error rose by a quarter).
         """
         full = fourier(torch.ones(1, device=self.budget.weight.device), 256)[0].to(self.budget.weight.dtype)
         self.budget.bias += self.budget.weight @ full
         self.budget.weight.zero_()
 
     def null(self, like: Condition) -> Condition:
-        """The condition with its text and key dropped: the unconditional branch of guidance."""
+        """Return the condition without text and key: the unconditional branch of guidance."""
         b = like.text.shape[0]
         mask = torch.ones(b, 1, dtype=torch.bool, device=like.text.device)
         text = self.null_text.to(like.text.dtype).expand(b, -1, -1)
         pooled = self.null_pooled.to(like.pooled.dtype).expand(b, -1)
         return replace(like, text=text, text_mask=mask, pooled=pooled, key=torch.zeros_like(like.key))
 
-    def forward(self, x: Tensor, c_noise: Tensor, condition: Condition, blocks: Sequence[int] | None = None,
-                budget: float | Tensor | None = None) -> Tensor:  # fmt: skip
-        """x: (B, T, C) scaled by c_in; c_noise: (B,); blocks: which run, in order (None: all). Returns (B, T, C).
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        condition: Condition,
+        blocks: Sequence[int] | None = None,
+        budget: float | Tensor | None = None,
+    ) -> Tensor:
+        """Return the raw output (B, T, C).
 
-        budget: the share of blocks that the network is told will run, one for all clips or (B,); None tells the truth.
+        Args:
+            x: (B, T, C), scaled by c_in.
+            c_noise: (B,) noise-level input.
+            condition: of the B clips.
+            blocks: indices of the blocks that run, in order; None for all.
+            budget: layer-budget input, one for all clips or (B,); None takes the share of the blocks that run.
         """
         run = range(len(self.blocks)) if blocks is None else blocks
         h, cond = self.trunk(x, c_noise, condition, run, len(run) / len(self.blocks) if budget is None else budget)
         shift, scale = self.modulation(cond)[:, None].chunk(2, -1)
         return self.output(norm(h) * (1 + scale) + shift)
 
-    def hidden(self, x: Tensor, c_noise: Tensor, condition: Condition, depth: int,
-               budget: float | Tensor = 1.0) -> Tensor:  # fmt: skip
-        """Activations (B, T, width) after the first `depth` blocks of a run that is told `budget`."""
+    def raw(
+        self, x: Tensor, time: Tensor, conditioning: Conditioning, blocks: Sequence[int], budget: float
+    ) -> Tensor:
+        """Return the raw output for a conditioning by ports: the runtime's `Network`."""
+        return self(x, time, Condition.from_ports(conditioning), blocks, budget)
+
+    def hidden(
+        self, x: Tensor, c_noise: Tensor, condition: Condition, depth: int, budget: float | Tensor = 1.0
+    ) -> Tensor:
+        """Return the activations (B, T, width) after the first `depth` blocks.
+
+        Args:
+            x: (B, T, C), scaled by c_in.
+            c_noise: (B,) noise-level input.
+            condition: of the B clips.
+            depth: number of blocks that run.
+            budget: layer-budget input.
+        """
         return self.trunk(x, c_noise, condition, range(depth), budget)[0]
 
-    def trunk(self, x: Tensor, c_noise: Tensor, condition: Condition, blocks: Sequence[int],
-              budget: float | Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Activations after `blocks`, and the condition vector."""
+    def trunk(
+        self, x: Tensor, c_noise: Tensor, condition: Condition, blocks: Sequence[int], budget: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the activations (B, T, width) after `blocks`, and the condition vector (B, width).
+
+        Args:
+            x: (B, T, C), scaled by c_in.
+            c_noise: (B,) noise-level input.
+            condition: of the B clips.
+            blocks: indices of the blocks that run, in order.
+            budget: layer-budget input.
+        """
         dtype = self.input.weight.dtype
-        told = budget * torch.ones_like(c_noise, dtype=torch.float32)
-        cond = self.condition_vector(c_noise, condition, told)
-        rope = rotary_table(x.shape[1], self.config.head_dim, x.device)
+        budgets = budget * torch.ones_like(c_noise, dtype=torch.float32)
+        cond = self.condition_vector(c_noise, condition, budgets)
+        rope = rotary_angles(x.shape[1], self.config.head_dim, x.device)
         text = condition.text.to(dtype)
         h = self.input(x.to(dtype)) + self.beat(condition.beat.to(dtype))
         for index in blocks:
@@ -264,7 +299,7 @@ class DiT(nn.Module):
 
 
 def drop_text(model: DiT, condition: Condition, dropped: Tensor) -> Condition:
-    """Training's condition dropout: clips where `dropped` (B,) is True lose their text and key, as `DiT.null` would."""
+    """Drop text and key of the clips where `dropped` (B,) is True, as `DiT.null` does: condition dropout of training."""
     null_text = F.pad(model.null_text, (0, 0, 0, condition.text.shape[1] - 1)).to(condition.text.dtype)
     null_mask = torch.zeros_like(condition.text_mask)
     null_mask[:, 0] = True

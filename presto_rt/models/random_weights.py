@@ -18,7 +18,7 @@ from .dit import DiT
 SUFFIX = "-random"
 
 
-def untrained(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> DiT:
+def random_dit(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> DiT:
     """A transformer of that shape in fp32, matrices of spread 1 / sqrt(inputs), made on the device. The same seed
     gives the same weights on the same kind of device."""
     with torch.device("meta"):
@@ -34,7 +34,7 @@ def untrained(config: ModelConfig, device: torch.device | str = "cpu", seed: int
     return model
 
 
-def untrained_codec() -> Codec:
+def random_codec() -> Codec:
     """A codec of the shipped one's shape, on the CPU, that makes noise of moderate level."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -43,7 +43,7 @@ def untrained_codec() -> Codec:
     return codec
 
 
-class UntrainedText(TextEncoder):
+class RandomTextEncoder(TextEncoder):
     """The text encoder's shape with random weights; a word's number is made of its letters."""
 
     def __init__(self) -> None:

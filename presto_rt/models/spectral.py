@@ -34,6 +34,7 @@ LATENT_HOP = FRAME_HOP * FRAMES_PER_LATENT
 BINS = N_FFT // 2 + 1
 PADDED_BINS = N_FFT // 2 + 64  # of the tables that csrc/simd/spectral.cpp reads
 PAD = N_FFT // 2 - FRAME_HOP // 2
+MOMENTUM = 0.99  # of fast Griffin-Lim
 POWER_FLOOR = 1e-9  # -90 dB against a full-scale sine
 
 
@@ -203,7 +204,7 @@ class SpectralFrames(nn.Module):
         return (power.square() / (power + 0.3 * POWER_FLOOR)).clamp_min(1e-16).sqrt()
 
     def synthesize(
-        self, features: Tensor, griffin_lim: int = 0, gain: Tensor | None = None, momentum: float = 0.99
+        self, features: Tensor, griffin_lim: int = 0, gain: Tensor | None = None, momentum: float = MOMENTUM
     ) -> Tensor:
         """Features with cosine (B, 4 T, 3, bands) -> stereo samples (B, 2, 2048 T), after `griffin_lim` fast
         iterations."""
@@ -214,7 +215,7 @@ class SpectralFrames(nn.Module):
         return self.synthesize_torch(features, griffin_lim, gain, momentum)
 
     def synthesize_torch(
-        self, features: Tensor, griffin_lim: int = 0, gain: Tensor | None = None, momentum: float = 0.99
+        self, features: Tensor, griffin_lim: int = 0, gain: Tensor | None = None, momentum: float = MOMENTUM
     ) -> Tensor:
         """The twin of csrc/simd/spectral.cpp: `synthesize` step by step in torch."""
         magnitude, phasor = self.spectra(features, gain)
@@ -243,8 +244,16 @@ class SpectralFrames(nn.Module):
 
 
 def spsi(magnitude: Tensor) -> Tensor:
-    """Unit phasors, complex64, for magnitudes (channels, frames, 1025), on the magnitudes' device; C++ where it is
-    built."""
+    """Return unit phasors, complex64, of magnitudes (channels, frames, 1025), on the magnitudes' device.
+
+    Triton on a CUDA device, C++ on the CPU, or NumPy where neither is available.
+    """
+    if magnitude.is_cuda:
+        from ..kernels import runtime
+        from ..kernels import spsi as kernel
+
+        if runtime.use_triton(magnitude, "auto"):
+            return kernel.spsi(magnitude, hop=FRAME_HOP, size=N_FFT)
     array = np.ascontiguousarray(magnitude.detach().cpu().numpy(), dtype=np.float32)
     if native.lib is not None and hasattr(native.lib, "spsi"):
         phasors = native.lib.spsi(array, FRAME_HOP, N_FFT)

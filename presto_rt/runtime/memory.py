@@ -1,23 +1,28 @@
-"""Static memory of a plan: one block for all buffers that a forward pass writes, placed so that only buffers that never
-live at the same time share bytes.
+"""Static memory: one block for all buffers that a forward pass writes, placed so that only buffers that are never alive
+at the same time share bytes; and a pool of such blocks for concurrent requests.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+POOL_SIZE = 4  # blocks of different shapes that a pool keeps for later requests
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor in the arena and when it is alive: spans of (first, last) positions in the forward pass, both
-    included."""
+    """A tensor of the arena and its life time: spans of (first, last) positions in the forward pass, both included."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,17 +34,17 @@ class Buffer:
         """Bytes, rounded up to whole cache lines."""
         return -(-math.prod(self.shape) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
-    def meets(self, other: Buffer) -> bool:
-        """Whether both are ever alive at once."""
+    def overlaps(self, other: Buffer) -> bool:
+        """Return True if the two buffers are ever alive at once."""
         return any(a <= d and c <= b for a, b in self.spans for c, d in other.spans)
 
 
 def place(buffers: Sequence[Buffer]) -> dict[str, int]:
-    """The offset of each buffer: the largest first, each at the lowest place that is free while it lives."""
+    """Return the offset of each buffer: largest first, each at the lowest address that is free during its life."""
     placed: list[tuple[Buffer, int]] = []
     for buffer in sorted(buffers, key=lambda b: (-b.size, b.name)):
         offset = 0
-        for other, start in sorted(((o, s) for o, s in placed if o.meets(buffer)), key=lambda pair: pair[1]):
+        for other, start in sorted(((o, s) for o, s in placed if o.overlaps(buffer)), key=lambda pair: pair[1]):
             if offset + buffer.size <= start:
                 break
             offset = max(offset, start + other.size)
@@ -48,18 +53,18 @@ def place(buffers: Sequence[Buffer]) -> dict[str, int]:
 
 
 def aliased(buffers: Sequence[Buffer], offsets: dict[str, int]) -> list[tuple[str, str]]:
-    """Pairs of buffers that share bytes while both are alive; a sound plan has none."""
-    out = []
+    """Return the pairs of buffers that share bytes while both are alive; a valid placement has none."""
+    pairs = []
     for i, a in enumerate(buffers):
         for b in buffers[i + 1 :]:
-            apart = offsets[a.name] + a.size <= offsets[b.name] or offsets[b.name] + b.size <= offsets[a.name]
-            if a.meets(b) and not apart:
-                out.append((a.name, b.name))
-    return out
+            disjoint = offsets[a.name] + a.size <= offsets[b.name] or offsets[b.name] + b.size <= offsets[a.name]
+            if a.overlaps(b) and not disjoint:
+                pairs.append((a.name, b.name))
+    return pairs
 
 
 def describe(buffers: Sequence[Buffer], offsets: dict[str, int]) -> str:
-    """The buffer table for people, in order of address."""
+    """Return the buffer table as text, in order of address."""
     rows = sorted(buffers, key=lambda b: (offsets[b.name], b.name))
     lines = [f"{'buffer':<12} {'offset':>10} {'bytes':>10}  {'shape':<20} {'dtype':<10} alive"]
     for b in rows:
@@ -70,8 +75,10 @@ def describe(buffers: Sequence[Buffer], offsets: dict[str, int]) -> str:
 
 
 class Arena:
-    """The memory itself: `tensor(name)` is the buffer, a view that stays where it is. pinned: on the host, where a GPU
-    may copy from and to it."""
+    """One block of memory for a set of buffers; `tensor(name)` is a view that keeps its address.
+
+    pinned: page-locked host memory, which a GPU copies from and to.
+    """
 
     def __init__(self, buffers: Sequence[Buffer], device: torch.device | str = "cpu", pinned: bool = False) -> None:
         self.buffers = {b.name: b for b in buffers}
@@ -82,7 +89,34 @@ class Arena:
         self.block = block[start : start + self.size]
 
     def tensor(self, name: str) -> Tensor:
-        """The buffer called `name`, uninitialised at first."""
+        """Return the buffer called `name`, uninitialized at first."""
         buffer, offset = self.buffers[name], self.offsets[name]
         count = math.prod(buffer.shape) * buffer.dtype.itemsize
         return self.block[offset : offset + count].view(buffer.dtype).view(buffer.shape)
+
+    def find(self, name: str) -> Tensor | None:
+        """Return the buffer called `name`, or None if the arena has none of that name."""
+        return self.tensor(name) if name in self.buffers else None
+
+
+class Pool(Generic[T]):
+    """Reusable objects by shape for concurrent callers; the least recently used ones are dropped."""
+
+    def __init__(self, size: int = POOL_SIZE) -> None:
+        self.size = size
+        self._lock = threading.Lock()
+        self._idle: list[tuple[Hashable, T]] = []
+
+    @contextlib.contextmanager
+    def take(self, key: Hashable, create: Callable[[], T]) -> Iterator[T]:
+        """Lend an object for `key` to the caller alone; `create` makes one where none is idle."""
+        with self._lock:
+            index = next((i for i, (idle_key, _) in enumerate(self._idle) if idle_key == key), None)
+            found = None if index is None else self._idle.pop(index)[1]
+        lent = create() if found is None else found
+        try:
+            yield lent
+        finally:
+            with self._lock:
+                self._idle.append((key, lent))
+                del self._idle[: -self.size]

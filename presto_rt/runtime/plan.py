@@ -1,256 +1,256 @@
-"""Everything about a request that is known before the first step, as tensors: what the hot path in forward.py reads.
+"""`CompiledPlan`: everything about a request that is known before the first step, as tensors.
 
-Noise levels, blocks of each evaluation and update coefficients come from `trajectory`; the modulation rows of all
-evaluations and blocks are one matrix product; rotary angles, the beat input's projection and the text's keys and values
-for all blocks are made once. Also the plan's price: operations and bytes, counted, not measured.
+The trajectory's coefficients come from `diffusion.trajectory`. The modulation rows of all calls and blocks are one
+matrix product; rotary angles, the projected local port and the cross-attention keys and values of all blocks are
+computed once. The loop in `dit.py` only reads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..diffusion.trajectory import Evaluation
-from ..errors import InvalidInputError
-from ..models.config import ModelConfig
-from ..models.dit import Condition, DiT, rotary_table
+from ..conditioning.ports import Conditioning
+from ..diffusion.trajectory import NetworkCall, StepCoefficients
+from ..models.rotary import rotary_angles
+from .spec import NetworkSpec
+from .weights import TransformerWeights
 
-ROWS = 6  # shift, scale, gate of attention and of the perceptron
-LAST = 2  # shift and scale before the output
+BLOCK_ROWS = 6  # shift, scale and gate of attention, then of the MLP
+FINAL_ROWS = 2  # shift and scale before the output
 
-
-# What is told of an evaluation in numbers: a row of fp32 (see `numbers`).
-TIME, BUDGET, UPDATE, AFTER, NUMBERS = 0, 1, slice(2, 11), slice(11, 12), 12
+# Columns of the call table, (calls, COLUMNS) fp32: see `call_table`.
+TIME, BUDGET = 0, 1
+COEFFICIENTS = slice(2, 2 + len(StepCoefficients._fields))
+NEXT_SIGMA = slice(COEFFICIENTS.stop, COEFFICIENTS.stop + 1)
+COLUMNS = NEXT_SIGMA.stop
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one evaluation does, apart from its numbers. row: where its rows begin in the modulation table; copies: of
-    its next input; step: the sampler step that ends with it, or 0."""
+class CallLayout:
+    """The part of a network call that fixes the shape of its work.
+
+    blocks: indices of the blocks that run. guided: the unconditional branch runs too. first_row: where the call's rows
+    begin in the modulation table. noise_stream: of the fresh noise, or None. next_copies: of the next network input.
+    step: the sampler step that ends with this call, or 0.
+    """
 
     blocks: tuple[int, ...]
     guided: bool
-    row: int
-    stream: int | None
-    copies: int
+    first_row: int
+    noise_stream: int | None
+    next_copies: int
     step: int
 
 
 @dataclass(frozen=True)
-class Run(Step):
-    """One evaluation for the hot path. update (9,), after (1,): fp32, on the plan's device."""
+class PlannedCall(CallLayout):
+    """A network call for the hot path; coefficients (9,) and next_sigma (1,) are fp32 on the plan's device."""
 
-    update: Tensor
-    after: Tensor
+    coefficients: Tensor
+    next_sigma: Tensor
 
 
 @dataclass(frozen=True)
-class Form:
-    """What fixes the shape of a plan, with the tensors that depend on nothing else. Two requests of one form differ
-    only in numbers: noise levels, guidance scale, texts, seeds. rows: which of all modulation rows are used, in order;
-    None for all."""
+class PlanLayout:
+    """The part of a plan that fixes its shape, with the tensors that depend on nothing else.
 
-    steps: tuple[Step, ...]
-    tokens: int
+    Two requests of one layout differ in numbers alone: noise levels, guidance scale, texts, seeds. rows: index of the
+    modulation rows that are used, in order; None for all. angles: cos and sin (frames, head_dim / 2) fp32.
+    """
+
+    calls: tuple[CallLayout, ...]
+    frames: int
     rows: Tensor | None
     angles: tuple[Tensor, Tensor]
 
     @property
     def guided(self) -> bool:
-        return any(step.guided for step in self.steps)
+        """Any call is guided."""
+        return any(call.guided for call in self.calls)
 
 
 @dataclass(frozen=True)
-class Edit:
-    """What stays of a clip: init (B, T, C) fp32 latents; keep (B, T) fp32, 1 where they stay, 0 where they may change.
-    The start is init + noise, so with keep = 0 it is a variation of the clip."""
+class LatentEdit:
+    """Latents that a clip keeps: init (B, T, C) fp32; keep (B, T) fp32, 1 where init stays, 0 where it may change.
+
+    The start is init + noise, so keep = 0 everywhere makes a variation of the clip.
+    """
 
     init: Tensor
     keep: Tensor
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A request as tensors. B clips, N = copies * B network inputs (the conditional ones first), T frames, S text
-    tokens.
+class CompiledPlan:
+    """A request of B clips as tensors; N = copies * B network inputs, the conditional ones first.
 
-    table (N, rows, width) fp32; beat (N, T, width) fp32, the projected beat input; angles: cos, sin (T, head_dim / 2)
-    fp32; keys, values (blocks, N, heads, S, head_dim) in the activations' dtype, keys normalised; lengths (N,) int32:
-    real tokens; start (2,) fp32: the first noise level and c_in; frames (N,) int32: real latent frames of each input,
-    None for all.
+    Args:
+        spec: of the network.
+        batch: B.
+        copies: 2 if any call is guided, else 1.
+        frames: latent frames T.
+        steps: sampler steps.
+        calls: network calls in order.
+        table: (N, rows, width) fp32 modulation rows.
+        local: (N, T, width) fp32, the projected local port.
+        angles: cos and sin (T, head_dim / 2) fp32.
+        keys: (blocks, N, heads, S, head_dim) in the activations' dtype, normalized.
+        values: (blocks, N, heads, S, head_dim) in the activations' dtype.
+        cross_lengths: (N,) int32 valid tokens.
+        initial_scale: (2,) fp32, the first noise level and its c_in.
+        valid_frames: (N,) int32; None for all.
+        edit: latents that are kept, or None.
     """
 
-    config: ModelConfig
+    spec: NetworkSpec
     batch: int
     copies: int
-    tokens: int
+    frames: int
     steps: int
-    runs: tuple[Run, ...]
+    calls: tuple[PlannedCall, ...]
     table: Tensor
-    beat: Tensor
+    local: Tensor
     angles: tuple[Tensor, Tensor]
     keys: Tensor
     values: Tensor
-    lengths: Tensor
-    start: Tensor
-    frames: Tensor | None = None
-    edit: Edit | None = None
+    cross_lengths: Tensor
+    initial_scale: Tensor
+    valid_frames: Tensor | None = None
+    edit: LatentEdit | None = None
 
 
-def numbers(evaluations: Sequence[Evaluation]) -> Tensor:
-    """(E, 12) fp32: time, budget, the update's nine numbers, the level after it."""
-    rows = [(e.time, e.budget, *e.update, e.after) for e in evaluations]
+def call_table(calls: Sequence[NetworkCall]) -> Tensor:
+    """Return (calls, COLUMNS) fp32: time, budget, the nine coefficients, the noise level after the update."""
+    rows = [(call.time, call.budget, *call.coefficients, call.next_sigma) for call in calls]
     return torch.tensor(rows, dtype=torch.float64).float()
 
 
-def start(evaluations: Sequence[Evaluation]) -> Tensor:
-    """(2,) fp32: the first noise level and its c_in."""
-    return torch.tensor([evaluations[0].sigma, evaluations[0].c_in], dtype=torch.float64).float()
+def initial_scale(calls: Sequence[NetworkCall]) -> Tensor:
+    """Return (2,) fp32: the first noise level and its c_in."""
+    return torch.tensor([calls[0].sigma, calls[0].c_in], dtype=torch.float64).float()
 
 
 class Planner:
-    """Makes plans. Holds, in fp32, the parts of the network that depend on the condition alone."""
+    """Builds plans; holds, in fp32, the weights that depend on the conditioning alone.
 
-    def __init__(self, dit: DiT, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        state = {name: value.to(device, torch.float32) for name, value in dit.state_dict().items()}
-        # The same formulas as in training: a network without blocks keeps all that makes the condition vector.
-        with torch.device(device):
-            self.head = DiT(replace(dit.config, blocks=0)).eval().requires_grad_(False)
-        self.head.load_state_dict({name: value for name, value in state.items() if not name.startswith("blocks.")})
-        self.config = dit.config
+    Args:
+        weights: of the transformer, on `device`.
+        spec: shape of the transformer.
+        device: where plans are built.
+    """
 
-        def stacked(name: str) -> Tensor:
-            return torch.stack([state[f"blocks.{i}.{name}"] for i in range(dit.config.blocks)])
+    def __init__(self, weights: TransformerWeights, spec: NetworkSpec, device: torch.device | str = "cpu") -> None:
+        self.spec, self.device = spec, torch.device(device)
+        self.embedding, self.local = weights.embedding, weights.local
+        modulations = [*(block.modulation for block in weights.blocks), weights.modulation]
+        self.modulation = torch.cat([m.weight for m in modulations])
+        self.modulation_bias = torch.cat([m.bias for m in modulations if m.bias is not None])
+        self.cross_kv = torch.stack([block.cross_kv.weight for block in weights.blocks])
+        self.k_norm = torch.stack([block.cross_k_norm for block in weights.blocks])
 
-        self.modulation = torch.cat([stacked("modulation.weight").flatten(0, 1), state["modulation.weight"]])
-        self.modulation_bias = torch.cat([stacked("modulation.bias").flatten(0, 1), state["modulation.bias"]])
-        self.cross_kv, self.k_norm = stacked("cross_kv.weight"), stacked("cross_k_norm.weight")
+    def plan(
+        self,
+        calls: Sequence[NetworkCall],
+        conditional: Conditioning,
+        unconditional: Conditioning,
+        frames: int,
+        dtype: torch.dtype,
+        edit: LatentEdit | None = None,
+    ) -> CompiledPlan:
+        """Return the plan of B clips.
 
-    def plan(self, evaluations: Sequence[Evaluation], condition: Condition, unconditional: Condition, tokens: int,
-             dtype: torch.dtype) -> Plan:  # fmt: skip
-        """The plan for B clips. dtype: of activations. Raises InvalidInputError where masks are not "real tokens first"."""
-        guided = any(e.guided for e in evaluations)
-        both = condition.cat(unconditional) if guided else condition
-        mask = both.text_mask
-        lengths = mask.sum(1, dtype=torch.int32)
-        if not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
-            raise InvalidInputError("the engine needs text masks with the real tokens first")
-        form = self.form(evaluations, tokens)
-        told, begin = numbers(evaluations).to(self.device), start(evaluations).to(self.device)
-        return self.build(form, told, begin, both, lengths, dtype)
-
-    def form(self, evaluations: Sequence[Evaluation], tokens: int) -> Form:
-        """The form of plans with these evaluations and `tokens` latent frames."""
-        every = ROWS * self.config.blocks + LAST
-        chosen: list[int] = []
-        steps = []
-        for i, e in enumerate(evaluations):
-            following = evaluations[i + 1] if i + 1 < len(evaluations) else None
-            copies = 0 if following is None else 1 + following.guided
-            steps.append(Step(e.blocks, e.guided, len(chosen), e.stream, copies, e.step))
-            used = [b * ROWS + r for b in e.blocks for r in range(ROWS)] + list(range(every - LAST, every))
-            chosen += [i * every + row for row in used]
-        whole = len(chosen) == every * len(evaluations)
-        rows = None if whole else torch.tensor(chosen, device=self.device)
-        return Form(tuple(steps), tokens, rows, rotary_table(tokens, self.config.head_dim, self.device))
-
-    def build(self, form: Form, told: Tensor, begin: Tensor, both: Condition, lengths: Tensor, dtype: torch.dtype,
-              frames: Tensor | None = None, edit: Edit | None = None) -> Plan:  # fmt: skip
-        """The plan of a form from numbers and conditions on the planner's device: no tensor is looked at on the way, so
-        a CUDA graph may hold all of it.
-
-        told, begin: from `numbers` and `start`; both: the conditions, then, where the form is guided, the unconditional
-        ones; lengths (N,) int32: text tokens of each; frames, edit: see Plan.
+        Args:
+            calls: of the trajectory.
+            conditional: conditioning of B clips.
+            unconditional: the other branch of guidance; not read where no call is guided.
+            frames: latent frames.
+            dtype: of the activations.
+            edit: latents that are kept, or None.
         """
-        copies = 1 + form.guided
-        table = self._table(form, told, both)
-        keys, values = self._text(both, dtype)
-        runs = tuple(Run(**vars(step), update=row[UPDATE], after=row[AFTER])
-                     for step, row in zip(form.steps, told.unbind(), strict=True))  # fmt: skip
-        return Plan(
-            self.config, len(both.text) // copies, copies, form.tokens, form.steps[-1].step, runs, table,
-            F.linear(both.beat.float(), self.head.beat.weight), form.angles, keys, values, lengths, begin, frames, edit,
-        )  # fmt: skip
+        layout = self.layout(calls, frames)
+        conditioning = conditional.cat(unconditional) if layout.guided else conditional
+        table, scale = call_table(calls).to(self.device), initial_scale(calls).to(self.device)
+        return self.build(layout, table, scale, conditioning, dtype, edit=edit)
 
-    def _table(self, form: Form, told: Tensor, both: Condition) -> Tensor:
-        """Modulation rows (N, rows, width) of every evaluation."""
-        n, count = len(both.text), len(told)
-        repeated = replace(both, **{k: getattr(both, k).repeat(count, *[1] * (getattr(both, k).ndim - 1))
-                                    for k in ("pooled", "seconds", "key")})  # fmt: skip
-        times, budgets = (told[:, i].repeat_interleave(n) for i in (TIME, BUDGET))
-        vector = self.head.condition_vector(times, repeated, budgets)
-        rows = F.linear(vector, self.modulation, self.modulation_bias).view(count, n, -1, self.config.width)
+    def layout(self, calls: Sequence[NetworkCall], frames: int) -> PlanLayout:
+        """Return the layout of plans with these calls and `frames` latent frames."""
+        rows_per_call = BLOCK_ROWS * self.spec.blocks + FINAL_ROWS
+        final = range(rows_per_call - FINAL_ROWS, rows_per_call)
+        used: list[int] = []
+        layouts = []
+        for i, call in enumerate(calls):
+            next_copies = 1 + calls[i + 1].guided if i + 1 < len(calls) else 0
+            layouts.append(CallLayout(call.blocks, call.guided, len(used), call.noise_stream, next_copies, call.step))
+            rows = [*(block * BLOCK_ROWS + row for block in call.blocks for row in range(BLOCK_ROWS)), *final]
+            used += [i * rows_per_call + row for row in rows]
+        complete = len(used) == rows_per_call * len(calls)
+        index = None if complete else torch.tensor(used, device=self.device)
+        return PlanLayout(tuple(layouts), frames, index, rotary_angles(frames, self.spec.head_dim, self.device))
+
+    def build(
+        self,
+        layout: PlanLayout,
+        table: Tensor,
+        scale: Tensor,
+        conditioning: Conditioning,
+        dtype: torch.dtype,
+        valid_frames: Tensor | None = None,
+        edit: LatentEdit | None = None,
+    ) -> CompiledPlan:
+        """Build a plan from staged inputs without host synchronization, so that a CUDA graph can capture it.
+
+        Args:
+            layout: from `layout`.
+            table: from `call_table`, on the planner's device.
+            scale: from `initial_scale`, on the planner's device.
+            conditioning: conditional inputs, followed by the unconditional ones where the layout is guided.
+            dtype: of the activations.
+            valid_frames: (N,) int32, or None for all.
+            edit: latents that are kept, or None.
+        """
+        copies = 1 + layout.guided
+        keys, values = self._cross_keys_values(conditioning.cross, dtype)
+        calls = tuple(
+            PlannedCall(**vars(call), coefficients=row[COEFFICIENTS], next_sigma=row[NEXT_SIGMA])
+            for call, row in zip(layout.calls, table.unbind(), strict=True)
+        )
+        return CompiledPlan(
+            spec=self.spec,
+            batch=len(conditioning.cross) // copies,
+            copies=copies,
+            frames=layout.frames,
+            steps=layout.calls[-1].step,
+            calls=calls,
+            table=self._modulation_rows(layout, table, conditioning.vector),
+            local=F.linear(conditioning.local.float(), self.local),
+            angles=layout.angles,
+            keys=keys,
+            values=values,
+            cross_lengths=conditioning.cross_lengths,
+            initial_scale=scale,
+            valid_frames=valid_frames,
+            edit=edit,
+        )
+
+    def _modulation_rows(self, layout: PlanLayout, table: Tensor, vector: Tensor) -> Tensor:
+        """Modulation rows (N, rows, width) of every call."""
+        inputs, calls = len(vector), len(table)
+        times, budgets = (table[:, column].repeat_interleave(inputs) for column in (TIME, BUDGET))
+        embedded = self.embedding(times, vector.repeat(calls, 1), budgets)
+        rows = F.linear(embedded, self.modulation, self.modulation_bias).view(calls, inputs, -1, self.spec.width)
         rows = rows.transpose(0, 1).flatten(1, 2)
-        return rows.contiguous() if form.rows is None else rows.index_select(1, form.rows)
+        return rows.contiguous() if layout.rows is None else rows.index_select(1, layout.rows)
 
-    def _text(self, both: Condition, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _cross_keys_values(self, cross: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values of all blocks, (blocks, N, heads, S, head_dim) each."""
-        heads, dim = self.config.heads, self.config.head_dim
-        kv = F.linear(both.text.float(), self.cross_kv.flatten(0, 1))
-        kv = kv.unflatten(-1, (self.config.blocks, 2, heads, dim)).permute(
-            3, 2, 0, 4, 1, 5
-        )  # 2, blocks, N, heads, S, dim
-        keys = F.rms_norm(kv[0], (dim,), eps=1e-6) * self.k_norm[:, None, None, None]
+        spec = self.spec
+        kv = F.linear(cross.float(), self.cross_kv.flatten(0, 1))
+        kv = kv.unflatten(-1, (spec.blocks, 2, spec.heads, spec.head_dim))
+        kv = kv.permute(3, 2, 0, 4, 1, 5)  # 2, blocks, N, heads, S, head_dim
+        keys = F.rms_norm(kv[0], (spec.head_dim,), eps=spec.norm_eps) * self.k_norm[:, None, None, None]
         return keys.to(dtype).contiguous(), kv[1].to(dtype).contiguous()
-
-
-# ---- what a plan costs
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Operations (a multiply-add is two) and bytes moved: each input read once, each output written once."""
-
-    flops: int
-    bytes: int
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
-
-    def __mul__(self, count: int) -> Cost:
-        return Cost(self.flops * count, self.bytes * count)
-
-
-def linear_cost(rows: int, inputs: int, outputs: int, size: int) -> Cost:
-    """A matrix product with weights and activations of `size` bytes; the bias is not counted."""
-    return Cost(2 * rows * inputs * outputs, size * (rows * inputs + inputs * outputs + rows * outputs))
-
-
-def attention_cost(clips: int, tokens: int, keys: int, width: int, size: int) -> Cost:
-    """Both products of attention; the softmax is not counted."""
-    return Cost(4 * clips * tokens * keys * width, size * clips * width * (2 * tokens + 2 * keys))
-
-
-def block_cost(c: ModelConfig, clips: int, tokens: int, keys: int, size: int) -> dict[str, Cost]:
-    """One block for `clips` network inputs, operator by operator."""
-    rows, d, hidden = clips * tokens, c.width, c.mlp_ratio * c.width
-    norm = Cost(0, rows * d * (4 + size + 4 + size))  # residual and branch in, residual and norm out
-    return {
-        "qkv": linear_cost(rows, d, 3 * d, size),
-        "qk_norm_rope": Cost(0, 4 * rows * d * size),
-        "attention": attention_cost(clips, tokens, tokens, d, size),
-        "out": linear_cost(rows, d, d, size),
-        "norms": norm * 3,
-        "cross_q": linear_cost(rows, d, d, size),
-        "cross_attention": attention_cost(clips, tokens, keys, d, size),
-        "cross_out": linear_cost(rows, d, d, size),
-        "up": linear_cost(rows, d, hidden, size),
-        "down": linear_cost(rows, hidden, d, size),
-    }
-
-
-def plan_cost(plan: Plan, size: int) -> Cost:
-    """The whole trajectory without text and codec. size: bytes of an activation."""
-    c, total = plan.config, Cost(0, 0)
-    for run in plan.runs:
-        clips = plan.batch * (plan.copies if run.guided else 1)
-        rows = clips * plan.tokens
-        block = sum(block_cost(c, clips, plan.tokens, plan.keys.shape[3], size).values(), Cost(0, 0))
-        ends = linear_cost(rows, c.latent_channels, c.width, size) + linear_cost(rows, c.width, c.latent_channels, size)
-        total = total + block * len(run.blocks) + ends
-    return total

@@ -1,28 +1,27 @@
-"""Matrix products in fp8, where it does little harm: weights with a scale for each output, inputs with a static scale
-for each product of each evaluation.
+"""Matrix products in fp8 where the error is small: weights with a scale for each output, inputs with a static scale for
+each product of each network call.
 
-The schedule of noise levels is fixed, so the range of every product's input can be measured beforehand, on a few
-prompts. The operator before the product then leaves its result in fp8, divided by that scale: the norm for "qkv",
-"cross_q" and "up", GELU for "down". Attention's results, and the layers at both ends, stay as they are.
-A product whose error against the same product unrounded is over a threshold stays too: the choice is part of the graph.
+The schedule of noise levels is fixed, so the range of every product's input is measured beforehand, on four prompts. The
+operator before the product then leaves its result in fp8, divided by that scale: the norm for "qkv", "cross_q" and "up",
+GELU for "down". Attention's results and the layers at both ends stay in the activations' dtype. A product whose error
+against the same product unrounded is over a threshold stays too: the choice is part of the graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...conditioning.minilm import TextEncoder
+from ...conditioning.ports import NEGATIVE, ClipControls, Conditioner
 from ...kernels import gemm, runtime
-from ...models.config import ModelConfig
-from ..dit import Layer, Memory, Weights, run_plan
-from ..plan import Plan
-from .buffers import Request
-from .ops import CudaOps, Packed
+from ..backend import Job
+from ..dit import Memory, PackedTransformer, denoise
+from ..ops import PackedLinear
+from ..plan import CompiledPlan, LatentEdit
+from .ops import FP8, CudaLinear, CudaOps, DenseWeights
 
 LAYERS = ("qkv", "cross_q", "up", "down")
 PROMPTS = (
@@ -31,124 +30,160 @@ PROMPTS = (
     "solo violin, slow and sad, in D minor",
     "bright brass band march",
 )
-NARROW = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
 class Fp8:
-    """threshold: the relative root-mean-square error of a product, over which it is not computed in fp8. e4m3 rounds
-    numbers to 3 bits of mantissa: 3.7 % is what rounding alone costs a product. margin: room above the largest input
-    that the calibration has seen."""
+    """Settings of the calibration.
+
+    threshold: relative root-mean-square error above which a product is not computed in fp8; rounding to e4m3's 3 bits of
+    mantissa alone costs a product 3.7 %. margin: room above the largest input of the calibration.
+    """
 
     threshold: float = 0.045
     margin: float = 1.25
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What was found for one product: scale of its input, error in fp8, and whether it runs in fp8."""
+class ProductChoice:
+    """Calibration of one product.
 
-    evaluation: int
+    call, block, layer: name the product. input_scale: divisor of its input. error: relative error in fp8. fp8: it runs
+    in fp8.
+    """
+
+    call: int
     block: int
     layer: str
-    scale: float
+    input_scale: float
     error: float
     fp8: bool
 
 
 @dataclass
-class _Seen:
-    """What the calibration saw of one product: its largest input, and the squares of error and result summed. The
-    numbers stay on the device."""
+class ProductStatistics:
+    """Statistics of one product, on the device: largest input magnitude, summed squares of error and of result."""
 
-    narrow: Packed
+    rounded: CudaLinear
     largest: Tensor
-    error: Tensor
-    size: Tensor
+    squared_error: Tensor
+    squared_result: Tensor
 
 
-class _Watch:
-    """A table of operators that measures the inputs of some products on the way. In a first pass the ranges, in a
-    second, `scales` given, the errors."""
+class RangeObserver(CudaOps):
+    """A CUDA table that measures the inputs of some products: their ranges, or, with `scales`, their fp8 errors.
 
-    def __init__(self, ops: CudaOps, seen: dict[int, _Seen], scales: dict[int, float] | None) -> None:
-        self.ops, self.seen, self.scales = ops, seen, scales
+    Args:
+        ops: the table that is observed.
+        statistics: of each observed product, by the identity of its weights.
+        scales: input scale of each observed product; None in the first pass.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.ops, name)
+    def __init__(
+        self, ops: CudaOps, statistics: dict[int, ProductStatistics], scales: dict[int, float] | None
+    ) -> None:
+        super().__init__(ops.dtype, ops.device, ops.unfused, ops.backend)
+        self.statistics, self.scales = statistics, scales
 
-    def linear(self, x: Tensor, weights: Packed, out: Tensor, activation: str = "none") -> Tensor:
-        seen = self.seen.get(id(weights))
-        if seen is not None and self.scales is None:
-            seen.largest = torch.maximum(seen.largest, x.abs().amax().float())
-        elif seen is not None and self.scales is not None:
+    def linear(
+        self,
+        x: Tensor,
+        weights: DenseWeights,
+        out: Tensor | None,
+        activation: str = "none",
+        out_scale: float | None = None,
+    ) -> Tensor:
+        """See `Ops.linear`."""
+        product = self.statistics.get(id(weights))
+        if product is not None and self.scales is None:
+            product.largest = torch.maximum(product.largest, x.abs().amax().float())
+        elif product is not None and self.scales is not None:
             scale = self.scales[id(weights)]
-            narrow = runtime.narrow(x.float() / scale, NARROW)
-            rounded = gemm.linear(narrow, seen.narrow.weight, x_scale=scale, weight_scale=seen.narrow.weight_scale,
-                                  out_dtype=torch.float32, backend="torch" if not x.is_cuda else "auto")  # fmt: skip
-            plain = torch.nn.functional.linear(x, weights.weight).float()
-            seen.error = seen.error + (rounded - plain).square().sum()
-            seen.size = seen.size + plain.square().sum()
-        return self.ops.linear(x, weights, out, activation)
+            rounded = gemm.linear(
+                runtime.narrow(x.float() / scale, FP8), product.rounded.weight, x_scale=scale,
+                weight_scale=product.rounded.weight_scale, out_dtype=torch.float32,
+                backend="auto" if x.is_cuda else "torch",
+            )  # fmt: skip
+            exact = torch.nn.functional.linear(x, weights.weight).float()
+            product.squared_error = product.squared_error + (rounded - exact).square().sum()
+            product.squared_result = product.squared_result + exact.square().sum()
+        return super().linear(x, weights, out, activation, out_scale)
 
 
-def requests(like: Request, encoder: TextEncoder, config: ModelConfig) -> Iterator[Request]:
-    """The calibration: PROMPTS with seeds 0, 1, ... in the place of a request's, without tempo, key and edit, so that
-    it does not depend on who comes first."""
-    clips = len(like.prompts)
-    for seed, ids in enumerate(encoder.tokens(list(PROMPTS), config.text_tokens)):
-        again = None if like.negative is None else [ids] * clips
-        init = None if like.init is None else torch.zeros_like(like.init)
-        yield replace(like, prompts=[ids] * clips, seeds=[seed] * clips, negative=again, init=init, keep=None,
-                      beat=torch.zeros_like(like.beat), key=torch.zeros_like(like.key))  # fmt: skip
+def calibration_jobs(job: Job, conditioner: Conditioner) -> Iterator[Job]:
+    """Yield the calibration: PROMPTS with seeds 0, 1, ... in place of a job's, without tempo, key and edit.
+
+    So the result does not depend on which request comes first. job: gives the trajectory and the number of clips.
+    """
+    clips = len(job.seeds)
+    negative = any(name.startswith(NEGATIVE) for name in job.inputs)
+    for seed, prompt in enumerate(PROMPTS):
+        controls = ClipControls(prompt, prompt if negative else None)
+        edit = None
+        if job.edit is not None:
+            edit = LatentEdit(torch.zeros_like(job.edit.init), torch.zeros_like(job.edit.keep))
+        inputs = conditioner.prepare([controls] * clips, job.frames)
+        yield replace(job, inputs=inputs, seeds=[seed] * clips, edit=edit)
 
 
 def calibrate(
-    ops: CudaOps, weights: Weights, plans: Iterable[tuple[Plan, Tensor]], memory: Callable[[Plan], Memory], how: Fp8
-) -> tuple[tuple[Weights, ...], tuple[Choice, ...]]:
-    """Weights for each evaluation, some products in fp8, and what was found for every product that could be.
+    ops: CudaOps,
+    packed: PackedTransformer,
+    plans: Iterable[tuple[CompiledPlan, Tensor]],
+    memory: Callable[[CompiledPlan], Memory],
+    settings: Fp8,
+) -> tuple[tuple[PackedTransformer, ...], tuple[ProductChoice, ...]]:
+    """Return weights for each network call, some products in fp8, and the calibration of every product.
 
-    plans: with their seeds; each is run twice.
+    Args:
+        ops: table of operators.
+        packed: weights in the activations' dtype.
+        plans: with their seeds; each runs twice.
+        memory: static tensors of a plan.
+        settings: threshold and margin.
     """
-    narrowed = [{name: ops.narrow(getattr(layer, name), 1.0) for name in LAYERS} for layer in weights.layers]
-    own: list[Weights] = []
-    seen: dict[int, _Seen] = {}
+    rounded = [{name: ops.to_fp8(dense(getattr(block, name)), 1.0) for name in LAYERS} for block in packed.blocks]
+    per_call: list[PackedTransformer] = []
+    statistics: dict[int, ProductStatistics] = {}
     scales: dict[int, float] = {}
-    plain_steps = list(plans)  # plans hold tensors of their own; only the inputs' block is shared
+    runs = list(plans)
     zero = torch.zeros((), device=ops.device)
-    for run in plain_steps[0][0].runs:
-        layers = list(weights.layers)
-        for block in run.blocks:
-            copies = {name: replace(getattr(layers[block], name)) for name in LAYERS}  # objects of this evaluation
-            layers[block] = replace(layers[block], **copies)
-            for name, packed in copies.items():
-                seen[id(packed)] = _Seen(narrowed[block][name], zero, zero, zero)
-        own.append(replace(weights, layers=tuple(layers)))
+    for call in runs[0][0].calls:
+        blocks = list(packed.blocks)
+        for block in call.blocks:
+            copies = {name: replace(dense(getattr(blocks[block], name))) for name in LAYERS}  # this call's own objects
+            blocks[block] = replace(blocks[block], **copies)
+            for name, weights in copies.items():
+                statistics[id(weights)] = ProductStatistics(rounded[block][name], zero, zero, zero)
+        per_call.append(replace(packed, blocks=tuple(blocks)))
     for measured in (None, scales):
-        watch: Any = _Watch(ops, seen, measured)
-        for plan, seeds in plain_steps:
-            run_plan(watch, own, plan, memory(plan), seeds)
+        observer = RangeObserver(ops, statistics, measured)
+        for plan, seeds in runs:
+            denoise(observer, per_call, plan, memory(plan), seeds)
         if measured is None:
-            limit = runtime.fp8_limit(NARROW)
-            scales |= {key: max(how.margin * float(s.largest) / limit, 1e-12) for key, s in seen.items()}
-    found: list[Choice] = []
-    out: list[Weights] = []
-    for number, (run, mine) in enumerate(zip(plain_steps[0][0].runs, own, strict=True)):
-        layers = list(mine.layers)
-        for block in run.blocks:
-            chosen: dict[str, Packed] = {}
+            limit = runtime.fp8_limit(FP8)
+            for key, product in statistics.items():
+                scales[key] = max(settings.margin * float(product.largest) / limit, 1e-12)
+    choices: list[ProductChoice] = []
+    result: list[PackedTransformer] = []
+    for number, (call, weights_of_call) in enumerate(zip(runs[0][0].calls, per_call, strict=True)):
+        blocks = list(weights_of_call.blocks)
+        for block in call.blocks:
+            replaced: dict[str, CudaLinear] = {}
             for name in LAYERS:
-                key = id(getattr(mine.layers[block], name))
-                error = float((seen[key].error / seen[key].size.clamp_min(1e-30)).sqrt())
-                good = error <= how.threshold
-                found.append(Choice(number, block, name, scales[key], error, good))
-                if good:
-                    chosen[name] = replace(narrowed[block][name], x_scale=scales[key])
-            layers[block] = replace_layer(layers[block], chosen)
-        out.append(replace(mine, layers=tuple(layers)))
-    return tuple(out), tuple(found)
+                key = id(getattr(weights_of_call.blocks[block], name))
+                product = statistics[key]
+                error = float((product.squared_error / product.squared_result.clamp_min(1e-30)).sqrt())
+                accepted = error <= settings.threshold
+                choices.append(ProductChoice(number, block, name, scales[key], error, accepted))
+                if accepted:
+                    replaced[name] = replace(rounded[block][name], input_scale=scales[key])
+            blocks[block] = replace(blocks[block], **replaced)
+        result.append(replace(weights_of_call, blocks=tuple(blocks)))
+    return tuple(result), tuple(choices)
 
 
-def replace_layer(layer: Layer, chosen: dict[str, Packed]) -> Layer:
-    """The layer with some of its products in fp8."""
-    return replace(layer, **chosen)
+def dense(weights: PackedLinear) -> CudaLinear:
+    """Return the weights as the CUDA table's."""
+    assert isinstance(weights, CudaLinear)
+    return weights

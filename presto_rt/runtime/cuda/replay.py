@@ -1,7 +1,6 @@
-"""Work that is recorded once and then repeated: a CUDA graph, or on a CPU the same work run again.
+"""Replayable work: a CUDA graph, or on a CPU the same work run again.
 
-Whatever the work reads must be in buffers that stay where they are, and whatever it leaves goes to such buffers, so
-that both kinds do the same. The CPU's is no imitation: it is how the graph engine runs where there is no GPU.
+The work reads from buffers that keep their addresses and writes to such buffers, so both kinds do the same.
 """
 
 from __future__ import annotations
@@ -14,55 +13,61 @@ from typing import Any, Protocol
 import torch
 
 Work = Callable[[], None]
-WARM_UP = 2  # runs before a capture: kernels compile, cuBLAS and cuFFT make their workspaces, choices are measured
+WARM_UP = 2  # runs before a capture: kernels compile, cuBLAS and cuFFT allocate workspaces, kernels are selected
 
 
-class Recording(Protocol):
+class Replayable(Protocol):
     """`capture` once, then `replay` any number of times; after a replay the results are on the host."""
 
     def capture(self, work: Work) -> None:
-        """Records `work`. May raise what the work raises, out of memory included; then it is not recorded."""
+        """Record the work. Raises what the work raises, out-of-memory errors included; then nothing is recorded."""
 
     def replay(self) -> None:
-        """Does the work again and waits for its end."""
+        """Run the recorded work and wait for its end."""
 
-    def mark(self, name: str) -> None:
-        """Called by the work: a stage begins here."""
+    def stage(self, name: str) -> None:
+        """Begin a stage; called by the work."""
 
-    def stages(self) -> dict[str, float]:
-        """Seconds from each mark to the next, in the last replay."""
+    def stage_seconds(self) -> dict[str, float]:
+        """Return the seconds of each stage in the last replay."""
 
 
-class Rerun:
-    """The work itself, again."""
+class EagerReplay:
+    """The work itself, run again."""
 
     def __init__(self) -> None:
         self._work: Work | None = None
-        self._marks: list[tuple[str, float]] = []
+        self._stages: list[tuple[str, float]] = []
 
     def capture(self, work: Work) -> None:
+        """See `Replayable.capture`."""
         work()
         self._work = work
 
     def replay(self) -> None:
+        """See `Replayable.replay`."""
         if self._work is None:
-            raise RuntimeError("nothing was captured")
-        self._marks = []
+            raise RuntimeError("nothing was captured: call capture(work) first")
+        self._stages = []
         self._work()
 
-    def mark(self, name: str) -> None:
-        self._marks.append((name, time.perf_counter()))
+    def stage(self, name: str) -> None:
+        """See `Replayable.stage`."""
+        self._stages.append((name, time.perf_counter()))
 
-    def stages(self) -> dict[str, float]:
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        return {name: end - begin for (name, begin), (_, end) in pairs}
+    def stage_seconds(self) -> dict[str, float]:
+        """See `Replayable.stage_seconds`."""
+        pairs = zip(self._stages, self._stages[1:], strict=False)
+        return {name: end - start for (name, start), (_, end) in pairs}
 
 
-class CudaGraph:
-    """One CUDA graph on a stream; its intermediate tensors come from `pool`, which graphs that never run at the same
-    time may share.
+class CudaGraphReplay:
+    """One CUDA graph on a stream.
 
-    graphed=False launches every kernel anew instead, on the same stream: what a graph saves is the difference.
+    Args:
+        stream: the graph is captured and replayed on it.
+        pool: memory pool of intermediate tensors, shared by graphs that never run at the same time.
+        graphed: False launches every kernel anew on the same stream, which shows what the graph saves.
     """
 
     def __init__(self, stream: torch.cuda.Stream, pool: Any = None, graphed: bool = True) -> None:
@@ -73,6 +78,7 @@ class CudaGraph:
         self._done = torch.cuda.Event()
 
     def capture(self, work: Work) -> None:
+        """See `Replayable.capture`."""
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
             for _ in range(WARM_UP):
@@ -82,8 +88,8 @@ class CudaGraph:
         if not self.graphed:
             return
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on launching and allocating meanwhile. The stream once more around it: a capture that cannot
-        # be ended leaves torch's own stream context open.
+        # Other threads go on launching and allocating meanwhile. The stream is entered once more around the capture: a
+        # capture that fails leaves torch's own stream context open.
         with (
             torch.cuda.stream(self.stream),
             torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
@@ -92,45 +98,48 @@ class CudaGraph:
         self.graph = graph
 
     def replay(self) -> None:
+        """See `Replayable.replay`."""
         if self._work is None:
-            raise RuntimeError("nothing was captured")
+            raise RuntimeError("nothing was captured: call capture(work) first")
         with torch.cuda.stream(self.stream):
             if self.graph is not None:
                 self.graph.replay()
             else:
                 self._work()
             self._done.record(self.stream)
-        self._done.synchronize()  # without the interpreter's lock
+        self._done.synchronize()  # releases the interpreter lock
 
-    def mark(self, name: str) -> None:
+    def stage(self, name: str) -> None:
+        """See `Replayable.stage`."""
         if name not in self._events:
-            # External: inside a graph it becomes a node that is timed in every replay.
+            # An external event becomes a node of the graph, which is timed in every replay.
             self._events[name] = torch.cuda.Event(enable_timing=True, external=self.graphed)
         self._events[name].record(self.stream)
 
-    def stages(self) -> dict[str, float]:
+    def stage_seconds(self) -> dict[str, float]:
+        """See `Replayable.stage_seconds`."""
         pairs = zip(self._events.items(), list(self._events.values())[1:], strict=False)
-        return {name: begin.elapsed_time(end) / 1e3 for (name, begin), end in pairs}
+        return {name: start.elapsed_time(end) / 1e3 for (name, start), end in pairs}
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error says, or follows from one that says, that memory ran out: torch's own, Python's, the driver's,
-    that of torch's CPU allocator or of a CUDA library (CUBLAS_STATUS_ALLOC_FAILED)."""
+    """Return True if the exception or any of its causes is an out-of-memory error: of torch, Python, the driver, torch's
+    CPU allocator or a CUDA library (CUBLAS_STATUS_ALLOC_FAILED)."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        said = str(error).lower()
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in said:
+        message = str(error).lower()
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in message:
             return True
-        if isinstance(error, RuntimeError) and ("allocate memory" in said or "alloc_failed" in said):
+        if isinstance(error, RuntimeError) and ("allocate memory" in message or "alloc_failed" in message):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 @contextlib.contextmanager
-def counted(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Gives a function that tells how many bytes of the GPU's memory torch has taken since (0 on a CPU)."""
+def reserved_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Yield a function that returns the bytes of GPU memory that torch has reserved since; 0 on a CPU."""
     if device.type != "cuda":
         yield lambda: 0
         return
