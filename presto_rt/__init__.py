@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, TypeAlias, Unpack, overload
 
 from .errors import (
     BackendUnavailableError,
@@ -29,8 +29,9 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .audio import Audio
-    from .diffusion.schedule import Layers
-    from .pipeline import Pipeline, load
+    from .loading import load
+    from .pipeline import Pipeline
+    from .request import GenerationOptions
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,77 +54,30 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 # Names that are imported when they are first used, and the modules that define them.
-_LAZY = {"Audio": ".audio", "Pipeline": ".pipeline", "load": ".pipeline"}
+_LAZY = {"Audio": ".audio", "Pipeline": ".pipeline", "load": ".loading"}
+Name: TypeAlias = "str | os.PathLike[str]"
 _pipelines: dict[str, Pipeline] = {}
 _loading = threading.Lock()
 
 
 @overload
-def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str]; the first overload wins
-    prompt: str,
-    *,
-    model: str | os.PathLike[str] = "nano",
-    negative_prompt: str | None = None,
-    seconds: float = 32.0,
-    bpm: float | Sequence[float | None] | None = None,
-    key: str | Sequence[str | None] | None = None,
-    steps: int | None = None,
-    sampler: str | None = None,
-    guidance: float | None = None,
-    guidance_interval: tuple[float, float] | None = None,
-    cfg_pp: bool = False,
-    layers: Layers = None,
-    deadline_ms: float | None = None,
-    seed: int | Sequence[int] | None = None,
-    callback: Callable[[int, int], None] | None = None,
-) -> Audio: ...
+def generate(prompt: str, *, model: Name = "nano", **options: Unpack[GenerationOptions]) -> Audio: ...
 
 
 @overload
-def generate(
-    prompt: Sequence[str],
-    *,
-    model: str | os.PathLike[str] = "nano",
-    negative_prompt: str | None = None,
-    seconds: float = 32.0,
-    bpm: float | Sequence[float | None] | None = None,
-    key: str | Sequence[str | None] | None = None,
-    steps: int | None = None,
-    sampler: str | None = None,
-    guidance: float | None = None,
-    guidance_interval: tuple[float, float] | None = None,
-    cfg_pp: bool = False,
-    layers: Layers = None,
-    deadline_ms: float | None = None,
-    seed: int | Sequence[int] | None = None,
-    callback: Callable[[int, int], None] | None = None,
-) -> list[Audio]: ...
+def generate(prompt: Sequence[str], *, model: Name = "nano", **options: Unpack[GenerationOptions]) -> list[Audio]: ...
 
 
 def generate(
-    prompt: str | Sequence[str],
-    *,
-    model: str | os.PathLike[str] = "nano",
-    negative_prompt: str | None = None,
-    seconds: float = 32.0,
-    bpm: float | Sequence[float | None] | None = None,
-    key: str | Sequence[str | None] | None = None,
-    steps: int | None = None,
-    sampler: str | None = None,
-    guidance: float | None = None,
-    guidance_interval: tuple[float, float] | None = None,
-    cfg_pp: bool = False,
-    layers: Layers = None,
-    deadline_ms: float | None = None,
-    seed: int | Sequence[int] | None = None,
-    callback: Callable[[int, int], None] | None = None,
+    prompt: str | Sequence[str], *, model: Name = "nano", **options: Unpack[GenerationOptions]
 ) -> Audio | list[Audio]:
     """Generate music for a prompt or a sequence of prompts with a model that is loaded once and kept.
 
     Args:
         prompt: Text of a clip, or a sequence of texts.
         model: Name of a shipped model, or a weights folder. It is loaded with the defaults of `load`.
-        negative_prompt: As for `Pipeline.generate`, which documents this and all further options.
+        options: Fields of `presto_rt.request.GenerationRequest`: negative_prompt, seconds, bpm, key, steps, sampler,
+            guidance, guidance_interval, cfg_pp, layers, deadline_ms, seed, sample_format, callback.
 
     Returns:
         An Audio for a string, a list of Audio for a sequence.
@@ -134,23 +88,7 @@ def generate(
         GenerationError: The sampler diverged.
         OutOfMemoryError: The memory for the request is not available.
     """
-    result: Audio | list[Audio] = _pipeline(os.fspath(model)).generate(
-        prompt,
-        negative_prompt=negative_prompt,
-        seconds=seconds,
-        bpm=bpm,
-        key=key,
-        steps=steps,
-        sampler=sampler,
-        guidance=guidance,
-        guidance_interval=guidance_interval,
-        cfg_pp=cfg_pp,
-        layers=layers,
-        deadline_ms=deadline_ms,
-        seed=seed,
-        callback=callback,
-    )
-    return result
+    return _pipeline(os.fspath(model)).generate(prompt, **options)
 
 
 def _pipeline(model: str) -> Pipeline:
@@ -158,7 +96,7 @@ def _pipeline(model: str) -> Pipeline:
     if model not in _pipelines:
         with _loading:
             if model not in _pipelines:  # no other thread loaded it meanwhile
-                from .pipeline import load
+                from .loading import load
 
                 _pipelines[model] = load(model)
     return _pipelines[model]

@@ -89,7 +89,9 @@ class LatencyTable:
 
 
 def _blend(low: CostRow, high: CostRow, share: float) -> CostRow:
-    values = {f.name: getattr(low, f.name) + share * (getattr(high, f.name) - getattr(low, f.name)) for f in fields(low)}
+    values = {
+        f.name: getattr(low, f.name) + share * (getattr(high, f.name) - getattr(low, f.name)) for f in fields(low)
+    }
     return CostRow(**values | {"clips": low.clips})
 
 
@@ -144,7 +146,9 @@ def candidates(
     """
     per_step = isinstance(layers, list | tuple) or (steps is None and isinstance(layers, str) and "," in layers)
     if not isinstance(steps, int | None) or per_step:
-        raise InvalidInputError("with deadline_ms, steps is a whole number or left out, and layers has no entry per step")
+        raise InvalidInputError(
+            "with deadline_ms, steps is a whole number or left out, and layers has no entry per step"
+        )
     measured = [
         (entry["kid"], entry["steps"], entry.get("layers"))
         for entry in quality

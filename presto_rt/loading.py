@@ -118,7 +118,9 @@ def choose_precision(dtype: str, device: torch.device, backend: str) -> Precisio
     """Return the precision of a backend. Raises BackendUnavailableError where the backend has no such products."""
     activations = float_dtype(dtype, device)
     if dtype == "int8" and backend != "cpu":
-        raise BackendUnavailableError('dtype="int8" needs the CPU backend: choose device="cpu", backend="auto" or "cpu"')
+        raise BackendUnavailableError(
+            'dtype="int8" needs the CPU backend: choose device="cpu", backend="auto" or "cpu"'
+        )
     if dtype == "fp8" and backend != "graph":
         raise BackendUnavailableError("fp8 needs backend='graph'; choose it, or another dtype")
     if dtype == "int8" or (dtype == "auto" and backend == "cpu" and autodtype.int8_is_faster()):

@@ -50,9 +50,7 @@ class Pipeline:
     @overload
     def generate(self, prompt: Sequence[str], **options: Unpack[GenerationOptions]) -> list[Audio]: ...
 
-    def generate(
-        self, prompt: str | Sequence[str], **options: Unpack[GenerationOptions]
-    ) -> Audio | list[Audio]:
+    def generate(self, prompt: str | Sequence[str], **options: Unpack[GenerationOptions]) -> Audio | list[Audio]:
         """Generate music for one prompt (an Audio) or for several (a list of them).
 
         The options, with their defaults and ranges, are the fields of `request.GenerationRequest`: negative_prompt,

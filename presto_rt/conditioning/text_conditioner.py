@@ -35,7 +35,7 @@ def pack_vector(fields: VectorFields) -> Tensor:
 def unpack_vector(vector: Tensor) -> VectorFields:
     """Return the fields of a vector port (N, W + 25)."""
     pooled, seconds, key = vector.split([vector.shape[1] - KEY_CHANNELS - 1, 1, KEY_CHANNELS], 1)
-    return VectorFields(pooled, seconds[:, 0], key)
+    return VectorFields(pooled.contiguous(), seconds[:, 0], key)  # a strided product may round in another order
 
 
 class TextConditioner:

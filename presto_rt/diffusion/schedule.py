@@ -19,31 +19,38 @@ from torch import Tensor
 
 from ..errors import InvalidInputError
 
-# p(s_train), ln sigma ~ N(P_MEAN, P_STD^2). EDM2's (-0.4, 1) has only 4 % above sigma 4, where everything is decided
-# that changes slowly over a clip: see docs/training.md.
+# p(s_train), ln sigma ~ N(P_MEAN, P_STD^2). EDM2's (-0.4, 1) has only 4 % above sigma 4, where everything that changes
+# slowly over a clip is decided: see docs/training.md.
 P_MEAN, P_STD = 0.4, 1.4
 
 
 def karras_sigmas(
     steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, end_at_zero: bool = True
 ) -> list[float]:
-    """`steps` noise levels from sigma_max down to sigma_min, then 0.0 (the list has steps + 1 entries)."""
+    """Return `steps` noise levels from sigma_max down to sigma_min, then 0.0 (the list has steps + 1 entries).
+
+    Args:
+        steps: number of steps, at least 1.
+        sigma_min: last noise level before 0.
+        sigma_max: first noise level.
+        rho: exponent (Karras et al. 2022, equation 5).
+        end_at_zero: append 0.0.
+    """
     _check_steps(steps)
     return inference_sigmas(torch.linspace(0, 1, max(steps, 2), dtype=torch.float64)[:steps], sigma_min, sigma_max,
                             rho).tolist() + [0.0] * end_at_zero  # fmt: skip
 
 
 def inference_sigmas(u: Tensor, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    """p(s_inf): noise levels at positions u in [0, 1] of the sampler's ladder (u = 0 is sigma_max)."""
+    """Return the noise levels at positions u in [0, 1] of the sampler's ladder, p(s_inf); u = 0 is sigma_max."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (high + u * (low - high)) ** rho
 
 
 def few_step_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> list[float]:
-    """`steps` noise levels at u = i / steps of the ladder, then 0.0, for the few-step sampler.
+    """Return `steps` noise levels at u = i / steps of the ladder, then 0.0, for the few-step sampler.
 
-    Unlike `karras_sigmas` it leaves out sigma_min: a generator asked there has nothing left to change, and of four
-    steps every one counts.
+    Unlike `karras_sigmas` it leaves out sigma_min, where a generator has nothing left to change.
     """
     _check_steps(steps)
     return [*karras_sigmas(steps + 1, sigma_min, sigma_max, rho, end_at_zero=False)[:-1], 0.0]
@@ -55,7 +62,7 @@ def _check_steps(steps: int) -> None:
 
 
 def training_sigmas(u: Tensor, mean: float = P_MEAN, std: float = P_STD) -> Tensor:
-    """p(s_train): ln sigma ~ N(mean, std^2), from uniform u in (0, 1) (stratify u for lower variance)."""
+    """Return training noise levels p(s_train), ln sigma ~ N(mean, std^2), from uniform u in (0, 1)."""
     return (mean + std * torch.special.ndtri(u)).exp()
 
 
@@ -63,14 +70,14 @@ def training_sigmas(u: Tensor, mean: float = P_MEAN, std: float = P_STD) -> Tens
 class LayerSchedule:
     """Blocks that run at each noise level.
 
-    `rows`: (upper sigma, blocks) in rising order of sigma; a level uses the first row whose upper sigma is at least
-    its own, and the last row's upper sigma is infinity. Blocks are indices in rising order. `told`: whether the network
-    has learned to be told its budget; one that has not (ASE) is always told that all blocks run.
+    rows: (upper sigma, blocks) in rising order of sigma; a noise level uses the first row whose upper sigma is at least
+    its own, and the last row's upper sigma is infinity. Blocks are indices in rising order. budget_input: the network was
+    trained with the share of blocks as an input; one that was not (ASE) always gets a budget of 1.
     """
 
     depth: int
     rows: tuple[tuple[float, tuple[int, ...]], ...]
-    told: bool = True
+    budget_input: bool = True
 
     def __post_init__(self) -> None:
         bounds = [upper for upper, _ in self.rows]
@@ -84,22 +91,25 @@ class LayerSchedule:
 
     @classmethod
     def full(cls, depth: int) -> LayerSchedule:
+        """Return the schedule that runs all blocks at every noise level."""
         return cls(depth, ((math.inf, tuple(range(depth))),))
 
     def blocks(self, sigma: float) -> tuple[int, ...]:
-        """The blocks that run at noise level `sigma`."""
+        """Return the blocks that run at noise level `sigma`."""
         return next(blocks for upper, blocks in self.rows if sigma <= upper)
 
     def budget(self, sigma: float) -> float:
-        """The share of blocks that the network is told at noise level `sigma`."""
-        return len(self.blocks(sigma)) / self.depth if self.told else 1.0
+        """Return the layer-budget input of the network at noise level `sigma`: the share of blocks that run."""
+        return len(self.blocks(sigma)) / self.depth if self.budget_input else 1.0
 
     def to_json(self) -> dict[str, Any]:
+        """Return the schedule as JSON data: null for infinity; "told" is the budget input's key on disk."""
         rows = [[None if upper == math.inf else upper, list(blocks)] for upper, blocks in self.rows]
-        return {"depth": self.depth, "rows": rows, "told": self.told}
+        return {"depth": self.depth, "rows": rows, "told": self.budget_input}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LayerSchedule:
+        """Return the schedule of `to_json`'s data. Raises InvalidInputError for anything else."""
         try:
             rows = tuple((math.inf if u is None else float(u), tuple(int(b) for b in bs)) for u, bs in data["rows"])
             return cls(int(data["depth"]), rows, bool(data.get("told", True)))
@@ -107,53 +117,84 @@ class LayerSchedule:
             raise InvalidInputError(f"not a layer schedule: {error}") from error
 
 
-#: what a user may write for `layers`: a count, a share ("70%"), one of these per step, or a schedule
+#: Argument `layers` of a request: a count, a share ("70%"), one of these per step, or a schedule
 Layers = int | str | Sequence[int | str] | LayerSchedule | None
 
 
 def keep_last(depth: int, count: int) -> tuple[int, ...]:
-    """`count` of `depth` blocks: a prefix and always the last one (Presto-L's shifted drop)."""
+    """Return `count` of `depth` blocks: a prefix and always the last one (Presto-L's shifted drop)."""
     if not 1 <= count <= depth:
         raise InvalidInputError(f"between 1 and {depth} of {depth} blocks can run, not {count}")
     return (*range(count - 1), depth - 1)
 
 
 def budget_schedule(
-    depth: int, share: float, *, shifted: bool = True, parts: int = 10, sigma_min: float = 0.002,
-    sigma_max: float = 80.0, rho: float = 7.0,
-) -> LayerSchedule:  # fmt: skip
-    """Fewer blocks at higher noise, `share` of them on average over the ladder p(s_inf), in `parts` equal parts.
+    depth: int,
+    share: float,
+    *,
+    shifted: bool = True,
+    parts: int = 10,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+) -> LayerSchedule:
+    """Return a schedule with fewer blocks at higher noise, `share` of them on average over the ladder p(s_inf).
 
-    The ramp from clean to noisy falls linearly, as ASE's published schedule does (28 28 24 24 20 20 16 16 12 12 of 28;
-    Moon et al. 2024): from at most all blocks to at least a quarter. Counts are whole; what rounding leaves over is
-    carried on to the next part, and the counts are put in falling order. shifted: the last block always runs
-    and those before it are dropped (Presto-L); else a prefix runs (ASE). Raises InvalidInputError for other shares.
+    The number of blocks falls linearly from clean to noisy over `parts` equal parts, as ASE's published schedule does
+    (28 28 24 24 20 20 16 16 12 12 of 28; Moon et al. 2024): from at most all blocks to at least a quarter. Counts are
+    whole; rounding errors are carried to the next part, and the counts are put in falling order.
+
+    Args:
+        depth: blocks of the network.
+        share: of the blocks that run on average, 0.25 to 1.
+        shifted: the last block always runs and those before it are dropped (Presto-L); else a prefix runs (ASE).
+        parts: of the ladder.
+        sigma_min: lowest noise level of the ladder.
+        sigma_max: highest noise level of the ladder.
+        rho: exponent of the ladder.
+
+    Raises:
+        InvalidInputError: for other shares.
     """
     if not 0.25 <= share <= 1.0:
         raise InvalidInputError(f"a layer budget must be a share of the blocks from 25% to 100%, not {share:.0%}")
     low = max(2 * share - 1, 0.25)
     high = 2 * share - low
-    levels = inference_sigmas(torch.arange(parts, -1, -1, dtype=torch.float64) / parts, sigma_min, sigma_max, rho)
+    sigmas = inference_sigmas(torch.arange(parts, -1, -1, dtype=torch.float64) / parts, sigma_min, sigma_max, rho)
     counts, carried = [], 0.0
     for part in range(parts):
-        wanted = depth * (high + (low - high) * part / (parts - 1)) + carried
-        counts.append(min(max(round(wanted), 1), depth))
-        carried = wanted - counts[-1]
-    uppers = [*levels[1:-1].tolist(), float("inf")]
-    chosen = [keep_last(depth, n) if shifted else tuple(range(n)) for n in sorted(counts, reverse=True)]
-    return LayerSchedule(depth, tuple(zip(uppers, chosen, strict=True)))
+        exact = depth * (high + (low - high) * part / (parts - 1)) + carried
+        counts.append(min(max(round(exact), 1), depth))
+        carried = exact - counts[-1]
+    uppers = [*sigmas[1:-1].tolist(), float("inf")]
+    blocks = [keep_last(depth, n) if shifted else tuple(range(n)) for n in sorted(counts, reverse=True)]
+    return LayerSchedule(depth, tuple(zip(uppers, blocks, strict=True)))
 
 
-def parse_layers(layers: Layers, depth: int, *, levels: Sequence[float] = (),
-                 saved: Mapping[str, LayerSchedule] | None = None,
-                 ladder: tuple[float, float, float] = (0.002, 80.0, 7.0)) -> LayerSchedule:  # fmt: skip
-    """The schedule that a user means; raises InvalidInputError for anything else.
+def parse_layers(
+    layers: Layers,
+    depth: int,
+    *,
+    sigmas: Sequence[float] = (),
+    saved: Mapping[str, LayerSchedule] | None = None,
+    ladder: tuple[float, float, float] = (0.002, 80.0, 7.0),
+) -> LayerSchedule:
+    """Return the schedule of a `layers` argument.
 
-    None or "100%": all blocks. 6: so many at every level, the last always among them. "70%": that share on average
-    over the ladder (sigma_min, sigma_max, rho), fewer at high noise; the weights' own schedule where `saved` has one of
-    that name. [8, 6, "50%"]: one entry for each of the steps at `levels` (their closing 0 left out or not), as counts
-    or shares of that step; "8,6,50%" is the same. A network that brings no schedule has never heard of other budgets
-    than 1, so it is not told one.
+    None or "100%": all blocks. 6: that number at every noise level, the last block always among them. "70%": that share
+    on average over the ladder, fewer at high noise; the weights' own schedule where `saved` has one of that name.
+    [8, 6, "50%"]: one entry for each step, as counts or shares of that step; "8,6,50%" is the same. A network without
+    schedules of its own was only trained at budget 1, so that stays its budget input.
+
+    Args:
+        layers: the argument.
+        depth: blocks of the network.
+        sigmas: noise levels of the steps, for entries per step; a closing 0 is ignored.
+        saved: layer schedules of the weights, by budget.
+        ladder: sigma_min, sigma_max and rho.
+
+    Raises:
+        InvalidInputError: for any other argument.
     """
     if layers is None:
         return LayerSchedule.full(depth)
@@ -163,29 +204,30 @@ def parse_layers(layers: Layers, depth: int, *, levels: Sequence[float] = (),
         return layers
     if isinstance(layers, str) and "," in layers:
         layers = layers.split(",")
-    told = bool(saved) and all(schedule.told for schedule in (saved or {}).values())
+    budget_input = bool(saved) and all(schedule.budget_input for schedule in (saved or {}).values())
     if isinstance(layers, list | tuple):
-        return replace(_per_step(layers, depth, [s for s in levels if s > 0]), told=told)
+        return replace(_per_step(layers, depth, [s for s in sigmas if s > 0]), budget_input=budget_input)
     name = layers.strip() if isinstance(layers, str) else layers
     if isinstance(name, str) and name in (saved or {}):
         return (saved or {})[name]
     if isinstance(name, str) and (share := _share(name)) is not None:
         low, high, rho = ladder
-        return replace(budget_schedule(depth, share, sigma_min=low, sigma_max=high, rho=rho), told=told)
-    return LayerSchedule(depth, ((math.inf, keep_last(depth, _count(name, depth))),), told)
+        schedule = budget_schedule(depth, share, sigma_min=low, sigma_max=high, rho=rho)
+        return replace(schedule, budget_input=budget_input)
+    return LayerSchedule(depth, ((math.inf, keep_last(depth, _count(name, depth))),), budget_input)
 
 
-def _per_step(entries: Sequence[int | str], depth: int, levels: Sequence[float]) -> LayerSchedule:
-    """Rows that part neighbouring steps at the geometric mean of their levels."""
-    if len(entries) != len(levels):
-        raise InvalidInputError(f"layers has {len(entries)} entries for {len(levels)} steps; give one for each step")
-    middles = [math.sqrt(a * b) for a, b in itertools.pairwise(levels)]
-    chosen = [keep_last(depth, _count(entry, depth)) for entry in entries]
-    return LayerSchedule(depth, tuple(zip([*reversed(middles), math.inf], reversed(chosen), strict=True)))
+def _per_step(entries: Sequence[int | str], depth: int, sigmas: Sequence[float]) -> LayerSchedule:
+    """Rows that separate neighbouring steps at the geometric mean of their noise levels."""
+    if len(entries) != len(sigmas):
+        raise InvalidInputError(f"layers has {len(entries)} entries for {len(sigmas)} steps; give one for each step")
+    middles = [math.sqrt(a * b) for a, b in itertools.pairwise(sigmas)]
+    blocks = [keep_last(depth, _count(entry, depth)) for entry in entries]
+    return LayerSchedule(depth, tuple(zip([*reversed(middles), math.inf], reversed(blocks), strict=True)))
 
 
 def _share(text: str) -> float | None:
-    """0.7 from "70%", None where it is no share."""
+    """0.7 from "70%"; None for text of another form."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
     return float(found[1]) / 100 if found else None
 

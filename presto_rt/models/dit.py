@@ -255,9 +255,7 @@ class DiT(nn.Module):
         shift, scale = self.modulation(cond)[:, None].chunk(2, -1)
         return self.output(norm(h) * (1 + scale) + shift)
 
-    def raw(
-        self, x: Tensor, time: Tensor, conditioning: Conditioning, blocks: Sequence[int], budget: float
-    ) -> Tensor:
+    def raw(self, x: Tensor, time: Tensor, conditioning: Conditioning, blocks: Sequence[int], budget: float) -> Tensor:
         """Return the raw output for a conditioning by ports: the runtime's `Network`."""
         return self(x, time, Condition.from_ports(conditioning), blocks, budget)
 

@@ -48,7 +48,7 @@ class Job:
 
     def __post_init__(self) -> None:
         clips = len(self.seeds)
-        if not clips or not self.calls or not 0 < self.samples:
+        if not clips or not self.calls or not self.samples > 0:
             raise InvalidInputError("a job needs at least one clip, one network call and one sample")
         if any(len(value) != clips for value in self.inputs.values()):
             counts = {name: len(value) for name, value in self.inputs.items()}
@@ -81,9 +81,7 @@ class Result:
 class Network(Protocol):
     """The raw network of a model, in plain torch."""
 
-    def raw(
-        self, x: Tensor, time: Tensor, conditioning: Conditioning, blocks: Sequence[int], budget: float
-    ) -> Tensor:
+    def raw(self, x: Tensor, time: Tensor, conditioning: Conditioning, blocks: Sequence[int], budget: float) -> Tensor:
         """Return the raw output (N, T, C).
 
         Args:
@@ -134,4 +132,6 @@ def to_sample_format(samples: Tensor, seeds: Sequence[int], sample_format: str) 
     """Return samples (B, 2, N) fp32 on the CPU as float32, or as dithered int16 (B, N, 2)."""
     if sample_format == "float32":
         return samples.numpy()
-    return np.stack([to_pcm(clip, 16, dither=True, seed=seed).numpy() for clip, seed in zip(samples, seeds, strict=True)])
+    return np.stack(
+        [to_pcm(clip, 16, dither=True, seed=seed).numpy() for clip, seed in zip(samples, seeds, strict=True)]
+    )

@@ -36,7 +36,7 @@ class CpuBackend:
         conditioner: its text encoder runs over the fused operators.
         precision: "float32", "bfloat16" or "int8".
         threads: of all operators; None for torch's number.
-        onednn: matrix products by oneDNN; None where this processor supports it.
+        exact_int8: int8 products that are exact and slow, on any processor; see `CpuOps`.
     """
 
     name = "cpu"
@@ -51,12 +51,11 @@ class CpuBackend:
         *,
         precision: Precision,
         threads: int | None = None,
-        onednn: bool | None = None,
+        exact_int8: bool = False,
     ) -> None:
         self.spec, self.conditioner, self.precision = spec, conditioner, precision
         self.threads = torch.get_num_threads() if threads is None else threads
-        self.onednn = onednn
-        self.ops = CpuOps(precision.dtype, self.threads, precision.name == "int8", onednn)
+        self.ops = CpuOps(precision.dtype, self.threads, precision.name == "int8", exact_int8)
         self.planner = Planner(weights, spec)
         self.transformer = pack_transformer(weights, self.ops)
         self.codec = CodecProgram(codec, self.ops)
@@ -85,7 +84,7 @@ class CpuBackend:
     def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         with self._text_lock:  # packed with the first prompt, once
             if self._text is None:
-                ops = CpuOps(self.ops.dtype, self.threads, onednn=self.onednn)
+                ops = CpuOps(self.ops.dtype, self.threads)
                 self._text = TextProgram(self.conditioner.encoder, ops)
         return self._text(ids, mask)
 

@@ -50,10 +50,10 @@ class CpuOps:
         threads: of every operator; None for torch's number.
         int8: products of at least INT8_MIN_INPUTS inputs are computed in 8-bit integers, with a scale for each token and
             output channel.
-        onednn: matrix products by oneDNN; None where this processor supports it. False: exact and slow int8 products.
+        exact_int8: int8 products in fp64 arithmetic, exact and slow, on any processor; else oneDNN's, which need VNNI.
 
     Raises:
-        BackendUnavailableError: where `unsupported_reason` has a reason, and for int8 without a right product.
+        BackendUnavailableError: where `unsupported_reason` has a reason, and for int8 products that are not available.
     """
 
     capabilities = Capabilities(allocates_matmul_output=True, masks_keys=False)
@@ -64,15 +64,15 @@ class CpuOps:
         dtype: torch.dtype = torch.float32,
         threads: int | None = None,
         int8: bool = False,
-        onednn: bool | None = None,
+        exact_int8: bool = False,
     ) -> None:
         if (reason := unsupported_reason(dtype)) is not None:
             raise BackendUnavailableError(f"the CPU backend is not available: {reason}")
-        if int8 and onednn is not False and not int8_is_exact():
+        if int8 and not exact_int8 and not int8_is_exact():
             raise BackendUnavailableError(
                 "int8 needs a torch with oneDNN and a processor with VNNI; choose another dtype"
             )
-        self.dtype, self.int8, self.onednn = dtype, int8, onednn
+        self.dtype, self.int8, self.exact_int8 = dtype, int8, exact_int8
         self.bf16 = dtype == torch.bfloat16
         self.threads = torch.get_num_threads() if threads is None else threads
         self.lib: Any = native.lib
@@ -82,8 +82,8 @@ class CpuOps:
     def pack(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """See `Ops.pack`."""
         if self.int8 and weight.shape[1] >= INT8_MIN_INPUTS:
-            return pack_int8(weight, bias, onednn=self.onednn is not False)
-        return pack_linear(weight, bias, self.dtype, onednn=self.onednn)
+            return pack_int8(weight, bias, onednn=not self.exact_int8)
+        return pack_linear(weight, bias, self.dtype)
 
     def linear(
         self,

@@ -100,9 +100,7 @@ def onednn_supports(dtype: torch.dtype) -> bool:
     return True
 
 
-def pack_linear(
-    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int | None = None, onednn: bool | None = None
-) -> FloatLinear:
+def pack_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int | None = None) -> FloatLinear:
     """Return weights packed for products in `dtype`.
 
     Args:
@@ -110,12 +108,11 @@ def pack_linear(
         bias: (N,) or None.
         dtype: of products and activations.
         rows: number of rows of the products, where it is known.
-        onednn: use oneDNN; None where this processor supports it.
+
+    oneDNN's layout where this processor supports it, else the weights as they are.
     """
     weight, bias = weight.detach().to(dtype).contiguous(), None if bias is None else bias.detach().to(dtype)
-    if onednn is None:
-        onednn = onednn_supports(dtype)
-    if not onednn:
+    if not onednn_supports(dtype):
         return TorchLinear(weight, bias)
     return OneDnnLinear(torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias)
 

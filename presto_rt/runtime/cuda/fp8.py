@@ -79,9 +79,7 @@ class RangeObserver(CudaOps):
         scales: input scale of each observed product; None in the first pass.
     """
 
-    def __init__(
-        self, ops: CudaOps, statistics: dict[int, ProductStatistics], scales: dict[int, float] | None
-    ) -> None:
+    def __init__(self, ops: CudaOps, statistics: dict[int, ProductStatistics], scales: dict[int, float] | None) -> None:
         super().__init__(ops.dtype, ops.device, ops.unfused, ops.backend)
         self.statistics, self.scales = statistics, scales
 
