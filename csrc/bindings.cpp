@@ -4,7 +4,7 @@
 void bind_activation(pybind11::module_& module);
 void bind_adaln(pybind11::module_& module);
 void bind_attention(pybind11::module_& module);
-void bind_edm_step(pybind11::module_& module);
+void bind_sampler_step(pybind11::module_& module);
 void bind_features(pybind11::module_& module);
 void bind_isa(pybind11::module_& module);
 void bind_mix_norm(pybind11::module_& module);
@@ -23,7 +23,7 @@ PYBIND11_MODULE(_C, module) {
   bind_activation(module);
   bind_adaln(module);
   bind_attention(module);
-  bind_edm_step(module);
+  bind_sampler_step(module);
   bind_features(module);
   bind_isa(module);
   bind_mix_norm(module);

@@ -96,7 +96,7 @@ def test_residual_mix_norm(isa: str, dtype: torch.dtype, batch: int, frames: int
                                                                                     strict=True)]  # fmt: skip
                 scales = None if given[3] is None else tuple(unaligned(w.to(wide)) for w in given[3])
                 residual, out = poisoned(*shape, dtype=wide), poisoned(*shape, dtype=narrow)
-                ops.residual_mix_norm(*inputs, scales, residual, out, 1e-5, after)
+                ops.mix_norm(*inputs, scales, residual, out, 1e-5, after)
                 results.append((residual, out))
             for got, plain, exact in zip(*results, strict=True):
                 close(got, plain, exact)
@@ -148,7 +148,7 @@ def test_what_is_not_finite_comes_through(isa: str) -> None:
             x = torch.randn(1, 9, 40)
             x[0, 4, 11] = wild
             out, mix = torch.empty(1, 9, 40, dtype=dtype), torch.ones(5, 40)
-            ops.residual_mix_norm(x, None, mix, (torch.ones(40), torch.zeros(40)), None, out)
+            ops.mix_norm(x, None, mix, (torch.ones(40), torch.zeros(40)), None, out)
             assert out[0, 2:7].isnan().all()  # five frames see it
             assert out[0, :2].isfinite().all()
             assert out[0, 7:].isfinite().all()
@@ -171,7 +171,7 @@ def test_what_is_not_finite_comes_through(isa: str) -> None:
 def test_tiny_numbers_do_not_become_zero(isa: str) -> None:
     tiny = torch.full((1, 3, 20), 1e-39)
     out, residual = torch.empty(1, 3, 20, dtype=torch.bfloat16), torch.empty(1, 3, 20)
-    CpuOps(torch.bfloat16, 1).residual_mix_norm(tiny, None, None, None, residual, out)
+    CpuOps(torch.bfloat16, 1).mix_norm(tiny, None, None, None, residual, out)
     assert torch.equal(residual, tiny)
     assert torch.equal(out, tiny.bfloat16())
     assert (out != 0).all()
@@ -181,13 +181,13 @@ def test_sizes_are_checked() -> None:
     ops = CpuOps(torch.float32, 1)
     x, norm = torch.zeros(1, 4, 8), (torch.ones(8), torch.zeros(8))
     with pytest.raises(ValueError, match="must not be the source"):
-        ops.residual_mix_norm(x, None, torch.zeros(5, 8), norm, x, x.clone())
+        ops.mix_norm(x, None, torch.zeros(5, 8), norm, x, x.clone())
     with pytest.raises(ValueError, match="contiguous"):
-        ops.residual_mix_norm(x, x[:, :3], None, norm, None, x.clone())
+        ops.mix_norm(x, x[:, :3], None, norm, None, x.clone())
     with pytest.raises(ValueError, match="source or branch"):
-        ops.residual_mix_norm(None, None, None, norm, None, x.clone())
+        ops.mix_norm(None, None, None, norm, None, x.clone())
     with pytest.raises(ValueError, match="nothing is normalised"):
-        ops.residual_mix_norm(x, None, None, None, x.clone(), x.clone(), after=True)
+        ops.mix_norm(x, None, None, None, x.clone(), x.clone(), after=True)
     with pytest.raises(ValueError, match="three of 3 bands"):
         ops.features(x, x, torch.zeros(2, 3), torch.zeros(2, 3), 2.0, torch.zeros(1, 4, 3, 3))
 

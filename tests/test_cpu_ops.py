@@ -216,7 +216,7 @@ def test_what_is_not_finite_comes_through_attention(dtype: torch.dtype, wild: fl
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 63, 4099])
-def test_step_is_exact_in_the_order_written(dtype: torch.dtype, count: int) -> None:
+def test_sampler_step_is_exact_in_the_order_written(dtype: torch.dtype, count: int) -> None:
     x, history, noise = (torch.randn(2, count, 1) for _ in range(3))
     conditional, unconditional = (torch.randn(2, count, 1).to(dtype) for _ in range(2))
     update = torch.randn(9)
@@ -224,7 +224,7 @@ def test_step_is_exact_in_the_order_written(dtype: torch.dtype, count: int) -> N
         results = []
         for ops in (CpuOps(dtype, 2), ReferenceOps(dtype)):
             state = [t.clone() for t in (x, history, torch.zeros(4, count, 1, dtype=dtype))]
-            ops.step(*state[:2], conditional, other, fresh, update, copies, state[2])
+            ops.sampler_step(*state[:2], conditional, other, fresh, update, copies, state[2])
             results.append(state)
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

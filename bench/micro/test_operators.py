@@ -118,8 +118,8 @@ def mix_norm() -> Case:
     residual, out = torch.empty_like(source), torch.empty_like(branch)
     ops, plain = CpuOps(BF16, THREADS), ReferenceOps(BF16)
     return Case(
-        lambda: ops.residual_mix_norm(source, branch, mix, norm, residual, out),
-        lambda: plain.residual_mix_norm(source, branch, mix, norm, torch.empty_like(source), torch.empty_like(branch)),
+        lambda: ops.mix_norm(source, branch, mix, norm, residual, out),
+        lambda: plain.mix_norm(source, branch, mix, norm, torch.empty_like(source), torch.empty_like(branch)),
         12 * frames * WIDTH,
     )
 
@@ -136,13 +136,13 @@ def features() -> Case:
     )
 
 
-def step() -> Case:
+def sampler_step() -> Case:
     x, history, update = torch.randn(1, TOKENS, 64), torch.zeros(1, TOKENS, 64), torch.rand(9) * 0.1
     raw, fed = torch.randn(1, TOKENS, 64).to(BF16), torch.empty(1, TOKENS, 64, dtype=BF16)
     ops, plain = CpuOps(BF16, THREADS), ReferenceOps(BF16)
 
     def run(table: Any) -> Tensor:
-        table.step(x, history, raw, None, None, update, 1, fed)
+        table.sampler_step(x, history, raw, None, None, update, 1, fed)
         return fed
 
     return Case(lambda: run(ops), lambda: run(plain), 20 * TOKENS * 64, None)  # both change x
@@ -173,7 +173,7 @@ CASES = {
     "tanh GELU": gelu,
     "residual, mix of 5 frames, norm": mix_norm,
     "decoder's output to features": features,
-    "sampler step": step,
+    "sampler step": sampler_step,
     "to int8 by tokens": quantize,
     "spectra to samples, 2 Griffin-Lim": spectra,
 }

@@ -326,7 +326,7 @@ class CpuOps:
         shape, f32, copies = x.shape, torch.float32, call.next_copies
         if copies * shape[0] > network_input.shape[0]:
             raise ValueError(f"{copies} copies of {shape[0]} clips do not fit an input of {network_input.shape[0]}")
-        self.lib.edm_step(
+        self.lib.sampler_step(
             check(x, *shape, dtype=f32), check(buffers.history, *shape, dtype=f32),
             check(conditional, *shape, dtype=self.dtype),
             0 if unconditional is None else check(unconditional, *shape, dtype=self.dtype),

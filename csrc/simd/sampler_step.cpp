@@ -10,7 +10,7 @@
 
 namespace presto_rt {
 
-struct EdmStep {
+struct SamplerStep {
   float *x, *history;               // (batch, count), in place
   const void *conditional, *other;  // (batch, count), fp32 or bf16; other may be null
   const float* noise;               // (batch, count) or null
@@ -26,7 +26,7 @@ namespace PRESTO_RT_ISA {
 namespace {
 
 template <class T>
-void span(const EdmStep& e, std::int64_t first, std::int64_t last) {
+void span(const SamplerStep& e, std::int64_t first, std::int64_t last) {
   const float* k = e.coefficients;
   const T *fc = static_cast<const T*>(e.conditional), *fu = static_cast<const T*>(e.other);
   T* input = static_cast<T*>(e.input);
@@ -49,33 +49,33 @@ void span(const EdmStep& e, std::int64_t first, std::int64_t last) {
 
 }  // namespace
 
-void edm_step(const EdmStep& e, std::int64_t first, std::int64_t last) {
+void sampler_step(const SamplerStep& e, std::int64_t first, std::int64_t last) {
   e.bf16 ? span<Bf16>(e, first, last) : span<float>(e, first, last);
 }
 
 }  // namespace PRESTO_RT_ISA
 #else
 
-PRESTO_RT_VARIANTS(edm_step, const EdmStep&, std::int64_t, std::int64_t)
+PRESTO_RT_VARIANTS(sampler_step, const SamplerStep&, std::int64_t, std::int64_t)
 
 namespace {
 
-void edm_step_call(std::uintptr_t x, std::uintptr_t history, std::uintptr_t conditional, std::uintptr_t other,
-                   std::uintptr_t noise, std::uintptr_t input, std::uintptr_t coefficients, bool bf16, std::int64_t total,
-                   int copies, int threads) {
+void sampler_step_call(std::uintptr_t x, std::uintptr_t history, std::uintptr_t conditional, std::uintptr_t other,
+                       std::uintptr_t noise, std::uintptr_t input, std::uintptr_t coefficients, bool bf16, std::int64_t total,
+                       int copies, int threads) {
   require(x && history && conditional && coefficients && total >= 0 && copies >= 0 && copies <= 2 && (input || !copies),
-          "edm_step: an address is missing or copies is not 0, 1 or 2");
-  const EdmStep e{pointer<float>(x),
-                  pointer<float>(history),
-                  pointer<void>(conditional),
-                  pointer<void>(other),
-                  pointer<const float>(noise),
-                  pointer<void>(input),
-                  pointer<const float>(coefficients),
-                  total,
-                  copies,
-                  bf16};
-  const auto variant = edm_step_variant();
+          "sampler_step: an address is missing or copies is not 0, 1 or 2");
+  const SamplerStep e{pointer<float>(x),
+                      pointer<float>(history),
+                      pointer<void>(conditional),
+                      pointer<void>(other),
+                      pointer<const float>(noise),
+                      pointer<void>(input),
+                      pointer<const float>(coefficients),
+                      total,
+                      copies,
+                      bf16};
+  const auto variant = sampler_step_variant();
   py::gil_scoped_release release;
   parallel_ranges(threads, total, 4096, [&](std::int64_t first, std::int64_t last) { variant(e, first, last); });
 }
@@ -86,10 +86,11 @@ void edm_step_call(std::uintptr_t x, std::uintptr_t history, std::uintptr_t cond
 }  // namespace presto_rt
 
 #ifndef PRESTO_RT_ISA
-void bind_edm_step(pybind11::module_& module) {
+void bind_sampler_step(pybind11::module_& module) {
   namespace py = pybind11;
-  module.def("edm_step", &presto_rt::edm_step_call, py::arg("x"), py::arg("history"), py::arg("conditional"), py::arg("other"),
-             py::arg("noise"), py::arg("input"), py::arg("coefficients"), py::arg("bf16"), py::arg("total"), py::arg("copies"),
-             py::arg("threads"), "One sampler step in place on x and history (fp32), and the next network input. Addresses.");
+  module.def("sampler_step", &presto_rt::sampler_step_call, py::arg("x"), py::arg("history"), py::arg("conditional"),
+             py::arg("other"), py::arg("noise"), py::arg("input"), py::arg("coefficients"), py::arg("bf16"), py::arg("total"),
+             py::arg("copies"), py::arg("threads"),
+             "One sampler step in place on x and history (fp32), and the next network input. Addresses.");
 }
 #endif
