@@ -1,4 +1,4 @@
-// Which instruction set the operators in simd/ run with, and whose threads they use.
+// Choice of the instruction set that the operators in simd/ run with, and of the threads that they use.
 #include <cstring>
 #include <string>
 
@@ -19,8 +19,8 @@ namespace {
 constexpr const char* kNames[] = {"base", "avx2", "avx512", "amx"};
 constexpr Isa kAll[] = {Isa::base, Isa::avx2, Isa::avx512, Isa::amx};
 
-// Whether there are tiles with bf16 products, and the operating system lets this process use them: it must be asked, for their
-// registers make every saved thread larger by 8 KB.
+// True if the processor has tiles with bf16 products and the operating system lets this process use them. It must be asked,
+// because their registers make every saved thread larger by 8 KB.
 bool tiles() {
 #if defined(PRESTO_RT_AMX) && defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -69,11 +69,11 @@ std::vector<std::string> available() {
 void use_isa(const std::string& name) {
   for (const Isa which : kAll) {
     if (name != kNames[static_cast<int>(which)]) continue;
-    require(has(which), "use_isa: this processor does not have that instruction set");
+    require(has(which), "name: this processor does not have that instruction set; choose one of isas()");
     chosen.store(which);
     return;
   }
-  throw py::value_error("use_isa: the instruction sets are base, avx2, avx512 and amx");
+  throw py::value_error("name: expected base, avx2, avx512 or amx; got '" + name + "'");
 }
 
 }  // namespace
@@ -82,14 +82,16 @@ Isa isa() {
   return chosen.load(std::memory_order_relaxed);
 }
 
-}  // namespace presto_rt
+namespace {
 
-void bind_isa(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("isa", [] { return presto_rt::kNames[static_cast<int>(presto_rt::isa())]; }, "The instruction set in use.");
-  module.def("isas", &presto_rt::available, "The instruction sets that this processor has, the plainest first.");
-  module.def("use_isa", &presto_rt::use_isa, py::arg("name"), "Uses one of `isas`, in the whole process.");
+const Registrar registrar([](py::module_& module) {
+  module.def("isa", [] { return kNames[static_cast<int>(isa())]; }, "Name of the instruction set in use.");
+  module.def("isas", &available, "Names of the instruction sets of this processor, the plainest first.");
+  module.def("use_isa", &use_isa, py::arg("name"), "Use one of `isas`, in the whole process.");
   module.def(
-      "use_openmp", [](std::uintptr_t address) { presto_rt::team = reinterpret_cast<presto_rt::Team>(address); },
-      py::arg("address"), "Takes threads from GOMP_parallel at this address; 0: starts threads for each call.");
-}
+      "use_openmp", [](std::uintptr_t address) { team = reinterpret_cast<Team>(address); }, py::arg("address"),
+      "Take threads from the GOMP_parallel at this address; 0: start threads for each call.");
+});
+
+}  // namespace
+}  // namespace presto_rt

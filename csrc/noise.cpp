@@ -1,5 +1,5 @@
-// Counter-based normal noise. presto_rt/noise.py states the algorithm and holds the torch twin that this agrees with to the
-// bit: only correctly rounded fp32 operations, in a fixed order, without fused multiply-adds.
+// Counter-based normal noise. presto_rt/diffusion/noise.py states the algorithm and holds the torch reference, which this
+// equals to the bit: only correctly rounded fp32 operations, in a fixed order, without fused multiply-adds.
 #include <cmath>
 #include <cstring>
 
@@ -81,20 +81,18 @@ void fill_normal(float* out, std::int64_t count, std::uint64_t seed, std::uint32
   }
 }
 
-void normal(Array<float> out, std::uint64_t seed, std::uint32_t stream) {
-  float* data = out.mutable_data();
-  const std::int64_t count = out.size();
+void normal(const TensorView& out, std::uint64_t seed, std::uint32_t stream) {
+  const std::int64_t count = out.numel("out");
+  float* const data = out.data<float>("out");
   py::gil_scoped_release release;
   fill_normal(data, count, seed, stream);
 }
 
-// counters (n, 4) uint32 -> out (n, 4) uint32, for the published test vectors.
-void philox(Array<std::uint32_t> counters, std::uint64_t seed, Array<std::uint32_t> out) {
-  require(counters.ndim() == 2 && counters.shape(1) == 4, "philox: counters must have the shape (n, 4)");
-  require(out.ndim() == 2 && out.shape(0) == counters.shape(0) && out.shape(1) == 4, "philox: out must be like counters");
-  const std::uint32_t* source = counters.data();
-  std::uint32_t* target = out.mutable_data();
-  const std::int64_t count = counters.shape(0);
+// For the published test vectors, whose counters no stream has.
+void philox(const TensorView& counters, std::uint64_t seed, const TensorView& out) {
+  const std::int64_t count = counters.shape<2>("counters")[0];
+  const std::uint32_t* const source = counters.data<const std::uint32_t>("counters", {count, 4});
+  std::uint32_t* const target = out.data<std::uint32_t>("out", {count, 4});
   py::gil_scoped_release release;
   for (std::int64_t start = 0; start < count; start += kLanes) {
     std::uint32_t words[4][kLanes] = {};
@@ -107,13 +105,12 @@ void philox(Array<std::uint32_t> counters, std::uint64_t seed, Array<std::uint32
   }
 }
 
+const Registrar registrar([](py::module_& module) {
+  module.def("normal", &normal, py::arg("out"), py::arg("seed"), py::arg("stream"),
+             "Fill out, contiguous float32 of any shape, with standard normal noise.");
+  module.def("philox", &philox, py::arg("counters"), py::arg("seed"), py::arg("out"),
+             "Philox4x32-10 of counters (n, 4) uint32 under a 64-bit key, into out (n, 4) uint32.");
+});
+
 }  // namespace
 }  // namespace presto_rt
-
-void bind_noise(pybind11::module_& module) {
-  module.def("normal", &presto_rt::normal, pybind11::arg("out").noconvert(), pybind11::arg("seed"), pybind11::arg("stream"),
-             "Fills out, float32 of any shape, with standard normal noise.");
-  module.def("philox", &presto_rt::philox, pybind11::arg("counters").noconvert(), pybind11::arg("seed"),
-             pybind11::arg("out").noconvert(),
-             "Philox4x32-10 of counters (n, 4) uint32 under a 64-bit key, into out (n, 4) uint32.");
-}

@@ -1,5 +1,5 @@
 // Samples to integers: scale, dither, round, clamp and interleave in one pass.
-// presto_rt/pcm.py states the rule and holds the torch twin, which gives the same integers.
+// presto_rt/audio/pcm.py states the rule and holds the torch reference, which gives the same integers.
 #include <cmath>
 
 #include "philox.h"
@@ -58,29 +58,24 @@ void quantize(const float* samples, std::int32_t* out, std::int64_t channels, st
 }
 
 template <class T>
-void to_pcm(Array<float> samples, Array<T> out, bool dither, std::uint64_t seed, std::uint32_t stream) {
-  require(samples.ndim() == 2, "to_pcm: samples must have the shape (channels, frames)");
-  const std::int64_t channels = samples.shape(0), frames = samples.shape(1);
-  require(out.ndim() == 2 && out.shape(0) == frames && out.shape(1) == channels,
-          "to_pcm: out must have the shape (frames, channels)");
-  const float* source = samples.data();
-  T* target = out.mutable_data();
+void quantize_into(const TensorView& samples, const TensorView& out, bool dither, std::uint64_t seed, std::uint32_t stream) {
+  const auto [channels, frames] = samples.shape<2>("samples");
+  const float* const source = samples.data<const float>("samples", {channels, frames});
+  T* const target = out.data<T>("out", {frames, channels});
   py::gil_scoped_release release;
   quantize(source, target, channels, frames, dither, seed, stream);
 }
 
-template <class T>
-void bind_one(py::module_& module, const char* doc) {
-  module.def("to_pcm", &to_pcm<T>, py::arg("samples").noconvert(), py::arg("out").noconvert(), py::arg("dither"),
-             py::arg("seed"), py::arg("stream"), doc);
+void to_pcm(const TensorView& samples, const TensorView& out, bool dither, std::uint64_t seed, std::uint32_t stream) {
+  if (out.holds<std::int32_t>()) return quantize_into<std::int32_t>(samples, out, dither, seed, stream);
+  quantize_into<std::int16_t>(samples, out, dither, seed, stream);
 }
+
+const Registrar registrar([](py::module_& module) {
+  module.def(
+      "to_pcm", &to_pcm, py::arg("samples"), py::arg("out"), py::arg("dither"), py::arg("seed"), py::arg("stream"),
+      "Samples (channels, frames) float32 -> out (frames, channels): 16-bit integers in int16, or 24-bit ones in int32.");
+});
 
 }  // namespace
 }  // namespace presto_rt
-
-void bind_pcm(pybind11::module_& module) {
-  presto_rt::bind_one<std::int16_t>(module,
-                                    "samples (channels, frames) float32 -> 16-bit integers, out (frames, channels) int16.");
-  presto_rt::bind_one<std::int32_t>(module,
-                                    "samples (channels, frames) float32 -> 24-bit integers, out (frames, channels) int32.");
-}

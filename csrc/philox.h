@@ -1,5 +1,5 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), sixteen counters at a time.
-// presto_rt/noise.py describes how counters and keys are made and holds the same generator in torch.
+// presto_rt/diffusion/noise.py describes how counters and keys are made and holds the same generator in torch.
 #pragma once
 
 #include "common.h"

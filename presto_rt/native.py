@@ -11,8 +11,6 @@ import logging
 import os
 from types import ModuleType
 
-INTERFACE = 3  # the number of the signatures that this Python code calls, as set in csrc/bindings.cpp
-
 log = logging.getLogger("presto_rt")
 
 
@@ -26,9 +24,6 @@ def _load() -> tuple[ModuleType | None, str | None]:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "presto_rt._C"
         reason = "it was not built; install a C++ compiler and run `pip install` again" if missing else str(error)
         return None, " ".join(reason.split())
-    found = getattr(module, "interface", None)
-    if found != INTERFACE:
-        return None, f"it is of another version (interface {found}, wanted {INTERFACE}); run `pip install` again"
     return module, None
 
 

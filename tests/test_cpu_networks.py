@@ -184,9 +184,9 @@ def test_sizes_are_checked() -> None:
         ops.mix_norm(x, None, torch.zeros(5, 8), norm, x, x.clone())
     with pytest.raises(ValueError, match="contiguous"):
         ops.mix_norm(x, x[:, :3], None, norm, None, x.clone())
-    with pytest.raises(ValueError, match="source or branch"):
+    with pytest.raises(ValueError, match="expected source or branch"):
         ops.mix_norm(None, None, None, norm, None, x.clone())
-    with pytest.raises(ValueError, match="nothing is normalised"):
+    with pytest.raises(ValueError, match="a weight to normalize with"):
         ops.mix_norm(x, None, None, None, x.clone(), x.clone(), after=True)
     with pytest.raises(ValueError, match="three of 3 bands"):
         ops.features(x, x, torch.zeros(2, 3), torch.zeros(2, 3), 2.0, torch.zeros(1, 4, 3, 3))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -44,10 +43,9 @@ def test_to_pcm_native_equals_reference(channels: int, frames: int, bits: int, d
     needs_native()
     samples = torch.randn(channels, frames) * 0.7
     samples.flatten()[: len(SPECIAL)] = torch.tensor(SPECIAL)[: samples.numel()]
-    dtype = np.int16 if bits == 16 else np.int32
-    out = np.full((frames, channels), 12345, dtype)
-    native.lib.to_pcm(samples.numpy(), out, dither, 99, DITHER_STREAM)
-    assert torch.equal(torch.from_numpy(out), to_pcm_reference(samples, bits, dither=dither, seed=99))
+    out = torch.full((frames, channels), 12345, dtype=torch.int16 if bits == 16 else torch.int32)
+    native.lib.to_pcm(samples, out, dither, 99, DITHER_STREAM)
+    assert torch.equal(out, to_pcm_reference(samples, bits, dither=dither, seed=99))
 
 
 @pytest.mark.parametrize("bits", [16, 24])
@@ -101,9 +99,7 @@ def test_to_pcm_rejects_bad_arguments() -> None:
 
 def test_to_pcm_native_checks_sizes_and_dtypes() -> None:
     needs_native()
-    samples = np.zeros((2, 8), np.float32)
-    for out in (np.zeros((2, 8), np.int16), np.zeros((8, 1), np.int32), np.zeros(16, np.int16)):
-        with pytest.raises(ValueError, match="to_pcm"):
-            native.lib.to_pcm(samples, out, False, 0, 0)
-    with pytest.raises(TypeError):
-        native.lib.to_pcm(samples, np.zeros((8, 2), np.int64), False, 0, 0)
+    samples = torch.zeros(2, 8)
+    for shape, dtype in (((2, 8), torch.int16), ((8, 1), torch.int32), ((16,), torch.int16), ((8, 2), torch.int64)):
+        with pytest.raises(ValueError, match="out: expected int"):
+            native.lib.to_pcm(samples, torch.zeros(shape, dtype=dtype), False, 0, 0)

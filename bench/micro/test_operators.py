@@ -19,7 +19,7 @@ from torch import Tensor
 from presto_rt import native
 from presto_rt.models.dit import rotary_table
 from presto_rt.models.spectral import SpectralFrames
-from presto_rt.runtime.cpu.ops import GELU_TANH, CpuOps
+from presto_rt.runtime.cpu.ops import CpuOps
 from presto_rt.runtime.cpu.threads import thread_limit
 from presto_rt.runtime.eager.ops import ReferenceOps
 
@@ -101,16 +101,6 @@ def cross_attention() -> Case:
     )
 
 
-def gelu() -> Case:
-    hidden = torch.randn(1, TOKENS, 4 * WIDTH).to(BF16)
-    out, ops = torch.empty_like(hidden), CpuOps(BF16, THREADS)
-    return Case(
-        lambda: ops.activation(hidden, GELU_TANH, out),
-        lambda: F.gelu(hidden, approximate="tanh"),
-        4 * hidden.numel(),
-    )
-
-
 def mix_norm() -> Case:
     frames = 4 * TOKENS
     source, branch = torch.randn(1, frames, WIDTH), torch.randn(1, frames, WIDTH).to(BF16)
@@ -170,7 +160,6 @@ CASES = {
     "QK-norm and rotary positions": rope,
     "attention": attention,
     "cross-attention, 20 keys": cross_attention,
-    "tanh GELU": gelu,
     "residual, mix of 5 frames, norm": mix_norm,
     "decoder's output to features": features,
     "sampler step": sampler_step,

@@ -30,14 +30,14 @@ void rows(const Adaln& a, std::int64_t first, std::int64_t last) {
     const std::int64_t at = row / a.tokens * a.table_stride;
     const float* source = a.source + row * width;
     float* r = a.residual + row * width;
-    const T* branch = static_cast<const T*>(a.branch) + row * width;
+    const T* branch = a.branch ? static_cast<const T*>(a.branch) + row * width : nullptr;
     T* y = static_cast<T*>(a.out) + row * width;
 
     Vec total{};
     for (std::int64_t i = 0; i < width; i += kWidth) {
       const std::int64_t n = width - i;
       Vec x = load(source + i, n);
-      if (a.branch) {
+      if (branch) {
         const Vec b = load(branch + i, n);
         x += a.gate ? b * load(a.gate + at + i, n) : b;
       }
@@ -75,41 +75,57 @@ PRESTO_RT_VARIANTS(adaln, const Adaln&, std::int64_t, std::int64_t)
 
 namespace {
 
-void adaln_call(std::uintptr_t source, std::uintptr_t residual, std::uintptr_t branch, std::uintptr_t out, bool bf16,
-                std::int64_t batch, std::int64_t tokens, std::int64_t width, std::uintptr_t gate, std::uintptr_t shift,
-                std::uintptr_t scale, std::int64_t table_stride, float eps, int threads) {
-  require(source && residual && out && batch >= 0 && tokens >= 1 && width >= 1,
-          "adaln: needs source, residual, out and a size");
-  require((shift != 0) == (scale != 0), "adaln: shift and scale go together");
-  const Adaln a{pointer<const float>(source),
-                pointer<float>(residual),
-                pointer<void>(branch),
-                pointer<void>(out),
-                pointer<const float>(gate),
-                pointer<const float>(shift),
-                pointer<const float>(scale),
-                tokens,
-                width,
-                table_stride,
-                eps,
-                bf16};
+// A row of the modulation table, or null where the argument names none.
+const float* table_row(const char* name, const float* start, std::int64_t stride, std::int64_t rows,
+                       const std::optional<std::int64_t>& row) {
+  if (!row) return nullptr;
+  if (*row < 0 || *row >= rows)
+    throw py::value_error(std::string(name) + ": expected a row of the table, 0 to " + std::to_string(rows - 1) + "; got " +
+                          std::to_string(*row));
+  return start + *row * stride;
+}
+
+void adaln_call(const TensorView& source, const TensorView& branch, const TensorView& table, std::optional<std::int64_t> gate,
+                std::optional<std::int64_t> shift, std::optional<std::int64_t> scale, const TensorView& residual,
+                const TensorView& out, float eps, int threads) {
+  const auto [batch, tokens, width] = residual.shape<3>("residual");
+  const bool bf16 = out.is_bf16("out");
+  const Dtype dtype = bf16 ? kBfloat16 : kFloat32;
+  require(tokens >= 1 && width >= 1, "residual: expected at least one token and a width of at least 1");
+  require(shift.has_value() == scale.has_value(), "shift: expected together with scale");
+  Adaln a{};
+  a.source = source.data<const float>("source", {batch, tokens, width});
+  a.residual = residual.data<float>("residual", {batch, tokens, width});
+  a.branch = branch.data_or_null("branch", dtype, {batch, tokens, width});
+  a.out = out.data("out", dtype, {batch, tokens, width});
+  if (table) {
+    const std::int64_t rows = table.shape<3>("table")[1];
+    const float* const start = static_cast<const float*>(table.rows("table", kFloat32, {batch, rows, width}));
+    a.gate = table_row("gate", start, table.stride(1), rows, gate);
+    a.shift = table_row("shift", start, table.stride(1), rows, shift);
+    a.scale = table_row("scale", start, table.stride(1), rows, scale);
+    a.table_stride = table.stride(0);
+  } else {
+    require(!gate && !scale, "table: expected a tensor where gate, shift or scale name a row; got None");
+  }
+  a.tokens = tokens;
+  a.width = width;
+  a.eps = eps;
+  a.bf16 = bf16;
   const auto variant = adaln_variant();
   py::gil_scoped_release release;
   parallel_ranges(threads, batch * tokens, 8, [&](std::int64_t first, std::int64_t last) { variant(a, first, last); });
 }
 
+const Registrar registrar([](py::module_& module) {
+  module.def("adaln", &adaln_call, py::arg("source"), py::arg("branch"), py::arg("table"), py::arg("gate"), py::arg("shift"),
+             py::arg("scale"), py::arg("residual"), py::arg("out"), py::arg("eps"), py::arg("threads"),
+             "residual = source + table[gate] * branch; out = norm(residual) * (1 + table[scale]) + table[shift].\n\n"
+             "source, residual (B, T, D) float32, may be the same; branch, out (B, T, D) float32 or bfloat16; table\n"
+             "(B, rows, D) float32. None for branch: 0; for gate: 1; for shift and scale: the plain norm.");
+});
+
 }  // namespace
 #endif
 
 }  // namespace presto_rt
-
-#ifndef PRESTO_RT_ISA
-void bind_adaln(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("adaln", &presto_rt::adaln_call, py::arg("source"), py::arg("residual"), py::arg("branch"), py::arg("out"),
-             py::arg("bf16"), py::arg("batch"), py::arg("tokens"), py::arg("width"), py::arg("gate"), py::arg("shift"),
-             py::arg("scale"), py::arg("table_stride"), py::arg("eps"), py::arg("threads"),
-             "residual = source + gate * branch in fp32; out = norm(residual) * (1 + scale) + shift. Addresses; 0 for what is "
-             "left out.");
-}
-#endif

@@ -223,41 +223,36 @@ void attention_queries(const Attention&, std::int64_t, std::int64_t, std::int64_
 
 namespace {
 
-using Strides = std::array<std::int64_t, 3>;
-
-void attention_call(std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t out, std::uintptr_t q_weight,
-                    std::uintptr_t lengths, std::uintptr_t scratch, std::int64_t scratch_bytes, bool bf16, std::int64_t batch,
-                    std::int64_t heads, std::int64_t tokens, std::int64_t keys, std::int64_t dim, const Strides& qs,
-                    const Strides& ks, const Strides& vs, float scale, float eps, int threads) {
-  require(q && k && v && out && scratch, "attention: an address is missing");
-  require(batch >= 0 && heads >= 1 && tokens >= 1 && keys >= 1 && dim >= 2 && dim % 2 == 0, "attention: a size does not fit");
+void attention_call(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& q_weight,
+                    const TensorView& lengths, const TensorView& scratch, const TensorView& out, float scale, float eps,
+                    int threads) {
+  const auto [batch, heads, tokens, dim] = q.shape<4>("q");
+  const std::int64_t keys = k.shape<4>("k")[2];
+  const bool bf16 = out.is_bf16("out");
+  const Dtype dtype = bf16 ? kBfloat16 : kFloat32;
+  require(heads >= 1 && tokens >= 1 && dim >= 2 && dim % 2 == 0,
+          "q: expected at least one head and token and an even head size");
+  require(keys >= 1, "k: expected at least one key");
   const std::int64_t pieces = (tokens + kQueries - 1) / kQueries, all_heads = batch * heads;
   const std::int64_t local = attention_local(keys, dim), fixed = all_heads * attention_scratch(keys, dim);
-  const std::int64_t shares = threads < 1 ? 1 : threads;
-  require(scratch_bytes >= fixed + shares * local, "attention: scratch is too small");
-  const Attention a{pointer<void>(q),
-                    pointer<void>(k),
-                    pointer<void>(v),
-                    pointer<void>(out),
-                    pointer<const float>(q_weight),
-                    pointer<const std::int32_t>(lengths),
-                    pointer<void>(scratch),
-                    heads,
-                    tokens,
-                    keys,
-                    dim,
-                    qs[0],
-                    qs[1],
-                    qs[2],
-                    ks[0],
-                    ks[1],
-                    ks[2],
-                    vs[0],
-                    vs[1],
-                    vs[2],
-                    scale,
-                    eps,
-                    bf16};
+  const std::int64_t shares = threads < 1 ? 1 : threads, scratch_bytes = scratch.shape<1>("scratch")[0];
+  if (scratch_bytes < fixed + shares * local)
+    throw py::value_error("scratch: expected at least " + std::to_string(fixed + shares * local) + " bytes; got " +
+                          std::to_string(scratch_bytes));
+  Attention a{};
+  a.q = q.rows("q", dtype, {batch, heads, tokens, dim});
+  a.k = k.rows("k", dtype, {batch, heads, keys, dim});
+  a.v = v.rows("v", dtype, {batch, heads, keys, dim});
+  a.out = out.data("out", dtype, {batch, tokens, heads * dim});
+  a.q_weight = q_weight.data_or_null<const float>("q_weight", {dim});
+  a.lengths = lengths.data_or_null<const std::int32_t>("lengths", {batch});
+  a.scratch = scratch.data<std::uint8_t>("scratch", {scratch_bytes});
+  a.heads = heads, a.tokens = tokens, a.keys = keys, a.dim = dim;
+  a.q_batch = q.stride(0), a.q_head = q.stride(1), a.q_token = q.stride(2);
+  a.k_batch = k.stride(0), a.k_head = k.stride(1), a.k_token = k.stride(2);
+  a.v_batch = v.stride(0), a.v_head = v.stride(1), a.v_token = v.stride(2);
+  a.scale = scale, a.eps = eps;
+  a.bf16 = bf16;
   auto pack = attention_pack_variant();
   auto run = attention_queries_variant();
 #if defined(PRESTO_RT_AMX)
@@ -272,7 +267,7 @@ void attention_call(std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::u
   parallel(threads, shares, [&](std::int64_t share) {
     const std::int64_t work = all_heads * pieces, last = work * (share + 1) / shares;
     for (std::int64_t i = work * share / shares; i < last; ++i) {
-      const std::int64_t first = i % pieces * kQueries, end = first + kQueries < tokens ? first + kQueries : tokens;
+      const std::int64_t first = i % pieces * kQueries, end = first + kQueries < a.tokens ? first + kQueries : a.tokens;
       run(a, i / pieces, first, end, static_cast<char*>(a.scratch) + fixed + share * local);
     }
   });
@@ -282,20 +277,18 @@ std::int64_t attention_bytes(std::int64_t batch, std::int64_t heads, std::int64_
   return batch * heads * attention_scratch(keys, dim) + (threads < 1 ? 1 : threads) * attention_local(keys, dim);
 }
 
+const Registrar registrar([](py::module_& module) {
+  module.def(
+      "attention", &attention_call, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_weight"), py::arg("lengths"),
+      py::arg("scratch"), py::arg("out"), py::arg("scale"), py::arg("eps"), py::arg("threads"),
+      "softmax(scale q k^T) v into out (B, T, H D).\n\n"
+      "q (B, H, T, D), k, v (B, H, S, D) and out float32 or bfloat16, D even and contiguous; q_weight (D,) float32: RMS-\n"
+      "normalizes the queries; lengths (B,) int32: keys of each clip that count; scratch: `attention_bytes` of uint8.");
+  module.def("attention_bytes", &attention_bytes, py::arg("batch"), py::arg("heads"), py::arg("keys"), py::arg("dim"),
+             py::arg("threads"), "Bytes of scratch memory that `attention` needs.");
+});
+
 }  // namespace
 #endif
 
 }  // namespace presto_rt
-
-#ifndef PRESTO_RT_ISA
-void bind_attention(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("attention", &presto_rt::attention_call, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
-             py::arg("q_weight"), py::arg("lengths"), py::arg("scratch"), py::arg("scratch_bytes"), py::arg("bf16"),
-             py::arg("batch"), py::arg("heads"), py::arg("tokens"), py::arg("keys"), py::arg("dim"), py::arg("q_strides"),
-             py::arg("k_strides"), py::arg("v_strides"), py::arg("scale"), py::arg("eps"), py::arg("threads"),
-             "softmax(scale q k^T) v; strides of (batch, head, token) in numbers, out (batch, tokens, heads, dim). Addresses.");
-  module.def("attention_bytes", &presto_rt::attention_bytes, py::arg("batch"), py::arg("heads"), py::arg("keys"),
-             py::arg("dim"), py::arg("threads"), "Scratch memory that `attention` needs.");
-}
-#endif

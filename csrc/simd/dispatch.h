@@ -1,5 +1,5 @@
-// What chooses among the compilations of an operator, and splits its work among threads. Included by the parts that are
-// compiled once.
+// Choice among the compilations of an operator, and division of its work among threads. Included by the parts that are compiled
+// once.
 #pragma once
 
 #include <pybind11/stl.h>
@@ -8,6 +8,8 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
+#include <optional>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -18,7 +20,7 @@ namespace presto_rt {
 enum class Isa { base, avx2, avx512, amx };
 
 // The instruction set in use: the best that this processor has, or what `use_isa` asked for. amx is avx512 with the kernels in
-// ../amx in place of their twins.
+// ../amx in place of their vector versions.
 Isa isa();
 
 #if defined(__x86_64__)
@@ -81,12 +83,6 @@ void parallel_ranges(int threads, std::int64_t count, std::int64_t grain, const 
     const std::int64_t first = grains * part / parts * grain, last = grains * (part + 1) / parts * grain;
     body(first, last < count ? last : count);
   });
-}
-
-// Raw addresses come from Python as integers; engine/cpu.py checks shapes and types before it gives them away.
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 }  // namespace presto_rt

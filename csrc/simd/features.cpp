@@ -52,34 +52,39 @@ PRESTO_RT_VARIANTS(features, const Features&, std::int64_t, std::int64_t)
 
 namespace {
 
-void features_call(std::uintptr_t head, std::uintptr_t linear, std::uintptr_t mean, std::uintptr_t ceiling, std::uintptr_t out,
-                   bool bf16, std::int64_t rows, std::int64_t bands, std::int64_t stride, float scale, int threads) {
-  require(head && linear && mean && ceiling && out && rows >= 0 && bands >= 1 && stride >= 3 * bands,
-          "features: needs head, linear, mean, ceiling, out and rows of at least three times as many numbers as bands");
-  const Features a{pointer<void>(head),
-                   pointer<void>(linear),
-                   pointer<const float>(mean),
-                   pointer<const float>(ceiling),
-                   pointer<float>(out),
+void features_call(const TensorView& head, const TensorView& linear, const TensorView& mean, const TensorView& ceiling,
+                   const TensorView& out, float scale, int threads) {
+  const auto [batch, frames, parts, bands] = out.shape<4>("out");
+  const std::int64_t stride = head.shape<3>("head")[2];
+  const bool bf16 = head.is_bf16("head");
+  const Dtype dtype = bf16 ? kBfloat16 : kFloat32;
+  require(parts == 3 && bands >= 1, "out: expected the shape (batch, frames, 3, bands)");
+  if (stride < 3 * bands)
+    throw py::value_error("head: rows of " + std::to_string(stride) + " numbers do not hold three of " + std::to_string(bands) +
+                          " bands");
+  const Features a{head.data("head", dtype, {batch, frames, stride}),
+                   linear.data("linear", dtype, {batch, frames, stride}),
+                   mean.data<const float>("mean", {2, bands}),
+                   ceiling.data<const float>("ceiling", {2, bands}),
+                   out.data<float>("out", {batch, frames, 3, bands}),
                    bands,
                    stride,
                    scale,
                    bf16};
   const auto variant = features_variant();
   py::gil_scoped_release release;
-  parallel_ranges(threads, rows, 8, [&](std::int64_t first, std::int64_t last) { variant(a, first, last); });
+  parallel_ranges(threads, batch * frames, 8, [&](std::int64_t first, std::int64_t last) { variant(a, first, last); });
 }
+
+const Registrar registrar([](py::module_& module) {
+  module.def(
+      "features", &features_call, py::arg("head"), py::arg("linear"), py::arg("mean"), py::arg("ceiling"), py::arg("out"),
+      py::arg("scale"), py::arg("threads"),
+      "Log-magnitudes min(scale (head + linear) + mean, ceiling) of mid and side, and the cosine tanh(head + linear).\n\n"
+      "head, linear (B, F, at least 3 bands) float32 or bfloat16; mean, ceiling (2, bands), out (B, F, 3, bands) float32.");
+});
 
 }  // namespace
 #endif
 
 }  // namespace presto_rt
-
-#ifndef PRESTO_RT_ISA
-void bind_features(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("features", &presto_rt::features_call, py::arg("head"), py::arg("linear"), py::arg("mean"), py::arg("ceiling"),
-             py::arg("out"), py::arg("bf16"), py::arg("rows"), py::arg("bands"), py::arg("stride"), py::arg("scale"),
-             py::arg("threads"), "Both halves of the decoder's output (rows, stride) to features (rows, 3, bands). Addresses.");
-}
-#endif

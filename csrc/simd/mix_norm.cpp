@@ -93,42 +93,43 @@ PRESTO_RT_VARIANTS(mix_norm, const MixNorm&, std::int64_t, std::int64_t)
 
 namespace {
 
-void mix_norm_call(std::uintptr_t source, std::uintptr_t branch, std::uintptr_t mix, std::uintptr_t weight, std::uintptr_t bias,
-                   std::uintptr_t residual, std::uintptr_t out, bool bf16, bool after, std::int64_t batch, std::int64_t frames,
-                   std::int64_t width, float eps, int threads) {
-  require((source || branch) && out && batch >= 0 && frames >= 1 && width >= 1 && width <= kWidest,
-          "mix_norm: needs source or branch, out and a size of at most 4096");
-  require((weight != 0) == (bias != 0), "mix_norm: weight and bias go together");
-  require(!after || weight, "mix_norm: nothing is normalised");
-  require(!mix || !residual || residual != source, "mix_norm: with a mix the residual must not be the source");
-  const MixNorm a{pointer<const float>(source),
-                  pointer<void>(branch),
-                  pointer<const float>(mix),
-                  pointer<const float>(weight),
-                  pointer<const float>(bias),
-                  pointer<float>(residual),
-                  pointer<void>(out),
+void mix_norm_call(const TensorView& source, const TensorView& branch, const TensorView& mix, const TensorView& weight,
+                   const TensorView& bias, const TensorView& residual, const TensorView& out, float eps, bool after,
+                   int threads) {
+  const auto [batch, frames, width] = out.shape<3>("out");
+  const bool bf16 = out.is_bf16("out");
+  const Dtype dtype = bf16 ? kBfloat16 : kFloat32;
+  require(frames >= 1 && width >= 1 && width <= kWidest, "out: expected at least one frame and a width of 1 to 4096");
+  require(source || branch, "source: expected source or branch; got None for both");
+  require(static_cast<bool>(weight) == static_cast<bool>(bias), "bias: expected together with weight");
+  require(!after || weight, "after: expected a weight to normalize with; got None");
+  const MixNorm a{source.data_or_null<const float>("source", {batch, frames, width}),
+                  branch.data_or_null("branch", dtype, {batch, frames, width}),
+                  mix.data_or_null<const float>("mix", {kTaps, width}),
+                  weight.data_or_null<const float>("weight", {width}),
+                  bias.data_or_null<const float>("bias", {width}),
+                  residual.data_or_null<float>("residual", {batch, frames, width}),
+                  out.data("out", dtype, {batch, frames, width}),
                   frames,
                   width,
                   eps,
                   bf16,
                   after};
+  require(!a.mix || !a.residual || a.residual != a.source, "residual: with a mix it must not be the source");
   const auto variant = mix_norm_variant();
   py::gil_scoped_release release;
   parallel_ranges(threads, batch * frames, 8, [&](std::int64_t first, std::int64_t last) { variant(a, first, last); });
 }
 
+const Registrar registrar([](py::module_& module) {
+  module.def("mix_norm", &mix_norm_call, py::arg("source"), py::arg("branch"), py::arg("mix"), py::arg("weight"),
+             py::arg("bias"), py::arg("residual"), py::arg("out"), py::arg("eps"), py::arg("after"), py::arg("threads"),
+             "Residual sum, mix of five frames and layer norm in one pass.\n\n"
+             "source, residual (B, T, W) float32; branch, out (B, T, W) float32 or bfloat16; mix (5, W), weight and bias (W,)\n"
+             "float32. None: left out. after: residual receives the normalized values, not the sum.");
+});
+
 }  // namespace
 #endif
 
 }  // namespace presto_rt
-
-#ifndef PRESTO_RT_ISA
-void bind_mix_norm(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("mix_norm", &presto_rt::mix_norm_call, py::arg("source"), py::arg("branch"), py::arg("mix"), py::arg("weight"),
-             py::arg("bias"), py::arg("residual"), py::arg("out"), py::arg("bf16"), py::arg("after"), py::arg("batch"),
-             py::arg("frames"), py::arg("width"), py::arg("eps"), py::arg("threads"),
-             "Residual sum, mix of five frames and layer norm in one pass. Addresses; 0 for what is left out.");
-}
-#endif

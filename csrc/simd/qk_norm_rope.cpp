@@ -1,9 +1,10 @@
 // RMS norm of queries and keys, rotary positions in fp32 and head-major layout, from packed QKV in one pass:
 //
-//   n = x / sqrt(mean x^2 + eps) * weight        y[i] = n[i] cos - n[i + half] sin        y[i + half] = n[i + half] cos + n[i]
-//   sin
+//   n = x / sqrt(mean x^2 + eps) * weight
+//   y[i] = n[i] cos - n[i + half] sin
+//   y[i + half] = n[i + half] cos + n[i] sin
 //
-// kernels/qk_norm_rope.py is the same operator. Values are read by attention where they lie.
+// kernels/qk_norm_rope.py is the same operator. Attention reads the values in place, from the packed QKV.
 #include "operator.h"
 
 namespace presto_rt {
@@ -69,18 +70,19 @@ PRESTO_RT_VARIANTS(qk_norm_rope, const QkNormRope&, std::int64_t, std::int64_t)
 
 namespace {
 
-void qk_norm_rope_call(std::uintptr_t qkv, std::uintptr_t q, std::uintptr_t k, bool bf16, std::int64_t batch,
-                       std::int64_t tokens, std::int64_t heads, std::int64_t dim, std::uintptr_t cos, std::uintptr_t sin,
-                       std::uintptr_t q_weight, std::uintptr_t k_weight, float eps, int threads) {
-  require(qkv && q && k && cos && sin && q_weight && k_weight, "qk_norm_rope: an address is missing");
-  require(batch >= 0 && tokens >= 1 && heads >= 1 && dim >= 2 && dim % 2 == 0, "qk_norm_rope: head sizes must be even");
-  const QkNormRope a{pointer<void>(qkv),
-                     pointer<void>(q),
-                     pointer<void>(k),
-                     pointer<const float>(cos),
-                     pointer<const float>(sin),
-                     pointer<const float>(q_weight),
-                     pointer<const float>(k_weight),
+void qk_norm_rope_call(const TensorView& qkv, const TensorView& cos, const TensorView& sin, const TensorView& q_weight,
+                       const TensorView& k_weight, const TensorView& q, const TensorView& k, float eps, int threads) {
+  const auto [batch, heads, tokens, dim] = q.shape<4>("q");
+  const bool bf16 = q.is_bf16("q");
+  const Dtype dtype = bf16 ? kBfloat16 : kFloat32;
+  require(tokens >= 1 && heads >= 1 && dim >= 2 && dim % 2 == 0, "q: expected at least one token and an even head size");
+  const QkNormRope a{qkv.data("qkv", dtype, {batch, tokens, 3 * heads * dim}),
+                     q.data("q", dtype, {batch, heads, tokens, dim}),
+                     k.data("k", dtype, {batch, heads, tokens, dim}),
+                     cos.data<const float>("cos", {tokens, dim / 2}),
+                     sin.data<const float>("sin", {tokens, dim / 2}),
+                     q_weight.data<const float>("q_weight", {dim}),
+                     k_weight.data<const float>("k_weight", {dim}),
                      tokens,
                      heads,
                      dim,
@@ -91,17 +93,14 @@ void qk_norm_rope_call(std::uintptr_t qkv, std::uintptr_t q, std::uintptr_t k, b
   parallel_ranges(threads, batch * tokens, 8, [&](std::int64_t first, std::int64_t last) { variant(a, first, last); });
 }
 
+const Registrar registrar([](py::module_& module) {
+  module.def("qk_norm_rope", &qk_norm_rope_call, py::arg("qkv"), py::arg("cos"), py::arg("sin"), py::arg("q_weight"),
+             py::arg("k_weight"), py::arg("q"), py::arg("k"), py::arg("eps"), py::arg("threads"),
+             "qkv (B, T, 3 H D) -> q and k (B, H, T, D), RMS-normalized and rotated; all float32 or bfloat16.\n\n"
+             "cos and sin (T, D / 2), weights (D,), all float32.");
+});
+
 }  // namespace
 #endif
 
 }  // namespace presto_rt
-
-#ifndef PRESTO_RT_ISA
-void bind_qk_norm_rope(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("qk_norm_rope", &presto_rt::qk_norm_rope_call, py::arg("qkv"), py::arg("q"), py::arg("k"), py::arg("bf16"),
-             py::arg("batch"), py::arg("tokens"), py::arg("heads"), py::arg("dim"), py::arg("cos"), py::arg("sin"),
-             py::arg("q_weight"), py::arg("k_weight"), py::arg("eps"), py::arg("threads"),
-             "qkv (batch, tokens, 3, heads, dim) -> q and k (batch, heads, tokens, dim), normalised and rotated. Addresses.");
-}
-#endif

@@ -1,13 +1,12 @@
-// What stands before and after a matrix product in 8-bit integers, a row (a token) at a time:
+// The two operators around a matrix product in 8-bit integers, a row (a token) at a time:
 //
 //   quantize   scale = max |x| / 127        q = round(x / scale) + 128
 //   rescale    out = activation(scale y + bias), y: the product of q - 128, times each column's own scale
 //
-// The 128 makes them unsigned, which is what VNNI multiplies; oneDNN takes signed ones to a reference loop there.
+// The offset of 128 makes them unsigned, as VNNI requires; oneDNN runs a reference loop for signed ones.
 //
-// A NaN or an infinity in a row makes its scale one, and so its whole result.
+// A NaN or an infinity in a row makes the row's scale NaN or infinite, and so its whole result.
 #include "activation.h"
-#include "operator.h"
 
 namespace presto_rt {
 
@@ -25,7 +24,7 @@ struct Rescale {
   const float* bias;   // (width,) or null
   void* out;           // as y, and may be y
   std::int64_t width;
-  int kind;  // 0 gelu_tanh, 1 silu, 3 none
+  Activation activation;
   bool bf16;
 };
 
@@ -65,7 +64,7 @@ void quantize_rows(const Quantize& a, std::int64_t first, std::int64_t last) {
   }
 }
 
-template <class T, int kKind>
+template <class T, Activation kActivation>
 void rescale_rows(const Rescale& a, std::int64_t first, std::int64_t last) {
   for (std::int64_t row = first; row < last; ++row) {
     const T* y = static_cast<const T*>(a.y) + row * a.width;
@@ -74,16 +73,21 @@ void rescale_rows(const Rescale& a, std::int64_t first, std::int64_t last) {
     for (std::int64_t i = 0; i < a.width; i += kWidth) {
       const std::int64_t n = a.width - i;
       const Vec x = fma(load(y + i, n), scale, a.bias ? load(a.bias + i, n) : Vec{});
-      store(out + i, kKind == 0 ? gelu_tanh(x) : kKind == 1 ? silu(x) : x, n);
+      store(out + i, activate<kActivation>(x), n);
     }
   }
 }
 
 template <class T>
-void rescale_kind(const Rescale& a, std::int64_t first, std::int64_t last) {
-  if (a.kind == 0) return rescale_rows<T, 0>(a, first, last);
-  if (a.kind == 1) return rescale_rows<T, 1>(a, first, last);
-  rescale_rows<T, 3>(a, first, last);
+void rescale_activation(const Rescale& a, std::int64_t first, std::int64_t last) {
+  switch (a.activation) {
+    case Activation::none:
+      return rescale_rows<T, Activation::none>(a, first, last);
+    case Activation::gelu_tanh:
+      return rescale_rows<T, Activation::gelu_tanh>(a, first, last);
+    case Activation::silu:
+      return rescale_rows<T, Activation::silu>(a, first, last);
+  }
 }
 
 }  // namespace
@@ -93,7 +97,7 @@ void quantize(const Quantize& a, std::int64_t first, std::int64_t last) {
 }
 
 void rescale(const Rescale& a, std::int64_t first, std::int64_t last) {
-  a.bf16 ? rescale_kind<Bf16>(a, first, last) : rescale_kind<float>(a, first, last);
+  a.bf16 ? rescale_activation<Bf16>(a, first, last) : rescale_activation<float>(a, first, last);
 }
 
 }  // namespace PRESTO_RT_ISA
@@ -104,38 +108,49 @@ PRESTO_RT_VARIANTS(rescale, const Rescale&, std::int64_t, std::int64_t)
 
 namespace {
 
-void quantize_call(std::uintptr_t x, std::uintptr_t out, std::uintptr_t scale, bool bf16, std::int64_t rows, std::int64_t width,
-                   int threads) {
-  require(x && out && scale && rows >= 0 && width >= 1, "quantize: needs x, out, scale and a size");
-  const Quantize a{pointer<void>(x), pointer<std::uint8_t>(out), pointer<float>(scale), width, bf16};
+void quantize_call(const TensorView& x, const TensorView& out, const TensorView& scale, int threads) {
+  const auto [rows, width] = out.shape<2>("out");
+  const bool bf16 = x.is_bf16("x");
+  require(width >= 1, "out: expected rows of at least one number");
+  const Quantize a{x.data("x", bf16 ? kBfloat16 : kFloat32, {rows, width}), out.data<std::uint8_t>("out", {rows, width}),
+                   scale.data<float>("scale", {rows}), width, bf16};
   const auto variant = quantize_variant();
   py::gil_scoped_release release;
   parallel_ranges(threads, rows, 8, [&](std::int64_t first, std::int64_t last) { variant(a, first, last); });
 }
 
-void rescale_call(std::uintptr_t y, std::uintptr_t scale, std::uintptr_t bias, std::uintptr_t out, bool bf16, std::int64_t rows,
-                  std::int64_t width, int kind, int threads) {
-  require(y && out && scale && rows >= 0 && width >= 1 && (kind == 0 || kind == 1 || kind == 3),
-          "rescale: needs y, out, scale, a size and a kind 0, 1 or 3");
-  const Rescale a{pointer<void>(y), pointer<float>(scale), pointer<float>(bias), pointer<void>(out), width, kind, bf16};
+void rescale_call(const TensorView& y, const TensorView& scale, const TensorView& bias, const TensorView& out,
+                  const std::string& activation, int threads) {
+  const auto [rows, width] = y.shape<2>("y");
+  const bool bf16 = y.is_bf16("y");
+  const Dtype dtype = bf16 ? kBfloat16 : kFloat32;
+  require(width >= 1, "y: expected rows of at least one number");
+  const Rescale a{y.data("y", dtype, {rows, width}),
+                  scale.data<const float>("scale", {rows}),
+                  bias.data_or_null<const float>("bias", {width}),
+                  out.data("out", dtype, {rows, width}),
+                  width,
+                  activation_of(activation),
+                  bf16};
   const auto variant = rescale_variant();
   py::gil_scoped_release release;
   parallel_ranges(threads, rows, 8, [&](std::int64_t first, std::int64_t last) { variant(a, first, last); });
 }
 
+const Registrar registrar([](py::module_& module) {
+  module.def("quantize", &quantize_call, py::arg("x"), py::arg("out"), py::arg("scale"), py::arg("threads"),
+             "x (rows, width) float32 or bfloat16 -> out (rows, width) uint8 around 128, and scale (rows,) float32.");
+  module.def("rescale", &rescale_call, py::arg("y"), py::arg("scale"), py::arg("bias"), py::arg("out"), py::arg("activation"),
+             py::arg("threads"),
+             "out = activation(scale y + bias); out may be y.\n\n"
+             "y, out (rows, width) float32 or bfloat16; scale (rows,), bias (width,) or None, float32; activation: one of\n"
+             "`activations`.");
+  py::list activations;
+  for (const NamedActivation& named : kActivations) activations.append(named.name);
+  module.attr("activations") = py::tuple(activations);
+});
+
 }  // namespace
 #endif
 
 }  // namespace presto_rt
-
-#ifndef PRESTO_RT_ISA
-void bind_quantize(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("quantize", &presto_rt::quantize_call, py::arg("x"), py::arg("out"), py::arg("scale"), py::arg("bf16"),
-             py::arg("rows"), py::arg("width"), py::arg("threads"),
-             "x (rows, width) -> uint8 around 128 and a scale a row. Addresses.");
-  module.def("rescale", &presto_rt::rescale_call, py::arg("y"), py::arg("scale"), py::arg("bias"), py::arg("out"),
-             py::arg("bf16"), py::arg("rows"), py::arg("width"), py::arg("kind"), py::arg("threads"),
-             "activation(scale y + bias) into out; kind 0 gelu_tanh, 1 silu, 3 none. Addresses; 0 for no bias.");
-}
-#endif

@@ -1,22 +1,22 @@
-// A sampler step behind the network: preconditioning, guidance, the update, fresh noise and the next input, in one pass.
+// A sampler step after the network: preconditioning, guidance, update, fresh noise and the next input, in one pass.
 //
 //   x'       = a x + b F_c + c F_u + h H + s n        n: presto_rt.diffusion.noise to the bit
-//   H'       = p x + q F_c + r F_u                    what the next step of a multi-step sampler needs, if anything
+//   H'       = p x + q F_c + r F_u                    history of a multi-step sampler
 //   input'   = c_in' x'                               twice where the next step is guided
 //
-// engine/plan.py makes the nine numbers; kernels/edm_step.py is the same without history. Products and sums are unfused and in
-// the order written, so the result is the same to the bit with every instruction set.
+// presto_rt/diffusion/trajectory.py derives the nine coefficients. Products and sums are unfused and in the order written, so
+// the result is the same to the bit with every instruction set.
 #include "operator.h"
 
 namespace presto_rt {
 
 struct SamplerStep {
-  float *x, *history;               // (batch, count), in place
-  const void *conditional, *other;  // (batch, count), fp32 or bf16; other may be null
-  const float* noise;               // (batch, count) or null
-  void* input;                      // (copies, batch, count), as conditional
-  const float* coefficients;        // a b c h s p q r c_in'
-  std::int64_t total;               // batch * count
+  float *x, *history;                       // (batch, count), in place
+  const void *conditional, *unconditional;  // (batch, count), fp32 or bf16; unconditional may be null
+  const float* noise;                       // (batch, count) or null
+  void* input;                              // (copies, batch, count), as conditional
+  const float* coefficients;                // a b c h s p q r c_in'
+  std::int64_t total;                       // batch * count
   int copies;
   bool bf16;
 };
@@ -28,7 +28,7 @@ namespace {
 template <class T>
 void span(const SamplerStep& e, std::int64_t first, std::int64_t last) {
   const float* k = e.coefficients;
-  const T *fc = static_cast<const T*>(e.conditional), *fu = static_cast<const T*>(e.other);
+  const T *fc = static_cast<const T*>(e.conditional), *fu = static_cast<const T*>(e.unconditional);
   T* input = static_cast<T*>(e.input);
   for (std::int64_t i = first; i < last; i += kWidth) {
     const std::int64_t n = last - i;
@@ -60,37 +60,41 @@ PRESTO_RT_VARIANTS(sampler_step, const SamplerStep&, std::int64_t, std::int64_t)
 
 namespace {
 
-void sampler_step_call(std::uintptr_t x, std::uintptr_t history, std::uintptr_t conditional, std::uintptr_t other,
-                       std::uintptr_t noise, std::uintptr_t input, std::uintptr_t coefficients, bool bf16, std::int64_t total,
-                       int copies, int threads) {
-  require(x && history && conditional && coefficients && total >= 0 && copies >= 0 && copies <= 2 && (input || !copies),
-          "sampler_step: an address is missing or copies is not 0, 1 or 2");
-  const SamplerStep e{pointer<float>(x),
-                      pointer<float>(history),
-                      pointer<void>(conditional),
-                      pointer<void>(other),
-                      pointer<const float>(noise),
-                      pointer<void>(input),
-                      pointer<const float>(coefficients),
-                      total,
+void sampler_step_call(const TensorView& x, const TensorView& history, const TensorView& conditional,
+                       const TensorView& unconditional, const TensorView& noise, const TensorView& coefficients, int copies,
+                       const TensorView& input, int threads) {
+  const auto [batch, tokens, channels] = x.shape<3>("x");
+  const bool bf16 = conditional.is_bf16("conditional");
+  const Dtype dtype = bf16 ? kBfloat16 : kFloat32;
+  const std::int64_t clips = input.shape<3>("network_input")[0];
+  if (copies < 0 || copies > 2 || copies * batch > clips)
+    throw py::value_error("network_input: " + std::to_string(copies) + " copies of " + std::to_string(batch) +
+                          " clips do not fit an input of " + std::to_string(clips));
+  const SamplerStep e{x.data<float>("x", {batch, tokens, channels}),
+                      history.data<float>("history", {batch, tokens, channels}),
+                      conditional.data("conditional", dtype, {batch, tokens, channels}),
+                      unconditional.data_or_null("unconditional", dtype, {batch, tokens, channels}),
+                      noise.data_or_null<const float>("noise", {batch, tokens, channels}),
+                      input.data("network_input", dtype, {clips, tokens, channels}),
+                      coefficients.data<const float>("coefficients", {9}),
+                      batch * tokens * channels,
                       copies,
                       bf16};
   const auto variant = sampler_step_variant();
   py::gil_scoped_release release;
-  parallel_ranges(threads, total, 4096, [&](std::int64_t first, std::int64_t last) { variant(e, first, last); });
+  parallel_ranges(threads, e.total, 4096, [&](std::int64_t first, std::int64_t last) { variant(e, first, last); });
 }
+
+const Registrar registrar([](py::module_& module) {
+  module.def(
+      "sampler_step", &sampler_step_call, py::arg("x"), py::arg("history"), py::arg("conditional"), py::arg("unconditional"),
+      py::arg("noise"), py::arg("coefficients"), py::arg("copies"), py::arg("network_input"), py::arg("threads"),
+      "One sampler step in place on x and history (B, T, C) float32, and `copies` (0 to 2) of the next network input.\n\n"
+      "conditional, unconditional (B, T, C) and network_input (at least copies * B, T, C) float32 or bfloat16; noise\n"
+      "(B, T, C), coefficients (9,) float32. None for unconditional or noise: left out.");
+});
 
 }  // namespace
 #endif
 
 }  // namespace presto_rt
-
-#ifndef PRESTO_RT_ISA
-void bind_sampler_step(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("sampler_step", &presto_rt::sampler_step_call, py::arg("x"), py::arg("history"), py::arg("conditional"),
-             py::arg("other"), py::arg("noise"), py::arg("input"), py::arg("coefficients"), py::arg("bf16"), py::arg("total"),
-             py::arg("copies"), py::arg("threads"),
-             "One sampler step in place on x and history (fp32), and the next network input. Addresses.");
-}
-#endif

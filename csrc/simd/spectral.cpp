@@ -1,5 +1,6 @@
 // From the codec's features to samples in one pass over time: magnitudes, phases by single-pass spectrogram inversion, fast
-// Griffin-Lim iterations and overlap-add. presto_rt/models/codec_features.py states the equations and holds the torch twin.
+// Griffin-Lim iterations and overlap-add. presto_rt/models/spectral.py states the equations and holds the torch
+// reference.
 //
 // A frame of one iteration depends on the frames up to three later of the iteration before, so all iterations run at once, each
 // three frames behind the one before. What they hand to each other stays in the L2 cache, and the memory needed does not grow
@@ -292,28 +293,26 @@ std::unique_ptr<SpectralTables> make_tables() {
   return t;
 }
 
-void spectral_call(Array<float> features, Array<float> gain, Array<std::int32_t> below, Array<float> fraction, Array<float> out,
-                   std::int64_t iterations, float momentum, float floor, int threads) {
-  require(features.ndim() == 4 && features.shape(2) == 3 && features.shape(1) >= 1,
-          "spectral: features must have the shape (batch, frames, 3, bands)");
-  const std::int64_t batch = features.shape(0), frames = features.shape(1), bands = features.shape(3);
-  require(out.ndim() == 3 && out.shape(0) == batch && out.shape(1) == 2 && out.shape(2) == frames * kHop,
-          "spectral: out must have the shape (batch, 2, frames * 512)");
-  require(gain.size() == kRow && below.size() == kRow && fraction.size() == kRow,
-          "spectral: the bins' tables have another size");
-  require(iterations >= 0 && iterations <= 64 && bands >= 2 && bands <= 4000, "spectral: iterations 0 to 64, bands 2 to 4000");
-  const std::int32_t* index = below.data();
+void spectral_call(const TensorView& features, const TensorView& gain, const TensorView& below, const TensorView& fraction,
+                   const TensorView& out, std::int64_t iterations, float momentum, float floor, int threads) {
+  const auto [batch, frames, parts, bands] = features.shape<4>("features");
+  require(frames >= 1 && parts == 3 && bands >= 2 && bands <= 4000,
+          "features: expected the shape (batch, frames, 3, bands) with 2 to 4000 bands");
+  require(iterations >= 0 && iterations <= 64, "iterations: expected 0 to 64");
+  const float* const source = features.data<const float>("features", {batch, frames, 3, bands});
+  const float* const factor = gain.data<const float>("gain", {kRow});
+  const std::int32_t* const index = below.data<const std::int32_t>("below", {kRow});
+  const float* const part = fraction.data<const float>("fraction", {kRow});
+  float* const target = out.data<float>("out", {batch, 2, frames * kHop});
   for (std::int64_t k = 0; k < kRow; ++k) {
     const bool near = k == 0 || (index[k] >= index[k - 1] && index[k] <= index[k - 1] + 1);
-    require(index[k] >= 0 && index[k] <= bands - 2 && near, "spectral: below must rise by 0 or 1 within the bands");
+    require(index[k] >= 0 && index[k] <= bands - 2 && near, "below: expected indices of bands that rise by 0 or 1");
   }
   static const std::unique_ptr<SpectralTables> tables = make_tables();
   const std::int64_t shares = threads > 1 ? 2 : 1, size = spectral_memory(iterations);
-  const float *source = features.data(), *factor = gain.data(), *part = fraction.data();
-  float* target = out.mutable_data();
   const auto variant = spectral_variant();
   py::gil_scoped_release release;
-  parallel(threads, batch * shares, [&](std::int64_t share) {
+  parallel(threads, batch * shares, [&, frames = frames, bands = bands](std::int64_t share) {
     std::vector<float> memory(static_cast<std::size_t>(size) + 16, 0.0f);
     const std::uintptr_t start = (reinterpret_cast<std::uintptr_t>(memory.data()) + 63) / 64 * 64;
     const std::int64_t clip = share / shares;
@@ -323,7 +322,7 @@ void spectral_call(Array<float> features, Array<float> gain, Array<std::int32_t>
                      index,
                      part,
                      target + clip * 2 * frames * kHop,
-                     pointer<float>(start),
+                     reinterpret_cast<float*>(start),
                      tables.get(),
                      frames,
                      bands,
@@ -334,17 +333,14 @@ void spectral_call(Array<float> features, Array<float> gain, Array<std::int32_t>
   });
 }
 
+const Registrar registrar([](py::module_& module) {
+  module.def("spectral", &spectral_call, py::arg("features"), py::arg("gain"), py::arg("below"), py::arg("fraction"),
+             py::arg("out"), py::arg("iterations"), py::arg("momentum"), py::arg("floor"), py::arg("threads"),
+             "Features (B, F, 3, bands) -> samples, out (B, 2, 512 F), both float32, by fast Griffin-Lim iterations.\n\n"
+             "gain, fraction (float32) and below (int32), all (1088,): each bin's factor and its place among the bands.");
+});
+
 }  // namespace
 #endif
 
 }  // namespace presto_rt
-
-#ifndef PRESTO_RT_ISA
-void bind_spectral(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("spectral", &presto_rt::spectral_call, py::arg("features").noconvert(), py::arg("gain").noconvert(),
-             py::arg("below").noconvert(), py::arg("fraction").noconvert(), py::arg("out").noconvert(), py::arg("iterations"),
-             py::arg("momentum"), py::arg("floor"), py::arg("threads"),
-             "features (batch, frames, 3, bands) -> samples, out (batch, 2, frames * 512); fast Griffin-Lim iterations.");
-}
-#endif

@@ -47,7 +47,7 @@ def to_pcm(samples: Tensor, bits: int = 16, *, dither: bool = True, seed: int = 
     if native.lib is None or samples.device.type != "cpu":
         return to_pcm_reference(samples, bits, dither=dither, seed=seed)
     out = torch.empty(samples.shape[1], samples.shape[0], dtype=_DTYPES[bits])
-    native.lib.to_pcm(samples.detach().contiguous().numpy(), out.numpy(), dither, seed, DITHER_STREAM)
+    native.lib.to_pcm(samples.detach().contiguous(), out, dither, seed, DITHER_STREAM)
     return out
 
 

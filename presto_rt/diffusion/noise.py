@@ -68,7 +68,7 @@ def normal(seed: int, shape: Sequence[int], *, stream: int = 0, device: torch.de
     device = torch.device(device)
     if native.lib is not None and device.type == "cpu":
         out = torch.empty(sizes, dtype=torch.float32)
-        native.lib.normal(out.numpy(), seed, stream)
+        native.lib.normal(out, seed, stream)
         return out
     return normal_torch(seed, math.prod(sizes), stream=stream, device=device).reshape(sizes)
 

@@ -210,7 +210,7 @@ class SpectralFrames(nn.Module):
         iterations."""
         features = features.float()
         needs_graph = torch.is_grad_enabled() and features.requires_grad
-        if hasattr(native.lib, "spectral") and features.device.type == "cpu" and not needs_graph:
+        if native.lib is not None and features.device.type == "cpu" and not needs_graph:
             return self._synthesize_native(features, griffin_lim, gain, momentum)
         return self.synthesize_torch(features, griffin_lim, gain, momentum)
 
@@ -230,15 +230,15 @@ class SpectralFrames(nn.Module):
     def _synthesize_native(self, features: Tensor, griffin_lim: int, gain: Tensor | None, momentum: float) -> Tensor:
         """All of `synthesize` in one pass over time in C++, on at most two threads for each clip."""
 
-        def padded(bins: Tensor) -> np.ndarray:  # whole vectors are read at the end
-            return torch.cat([bins, bins[-1:].expand(PADDED_BINS - BINS)]).numpy()
+        def padded(bins: Tensor) -> Tensor:  # whole vectors are read at the end
+            return torch.cat([bins, bins[-1:].expand(PADDED_BINS - BINS)])
 
         factor = torch.ones(BINS) if gain is None else self.to_bins(gain.detach()).exp()
         batch, count = features.shape[:2]
         out = torch.empty(batch, 2, count * FRAME_HOP)
         native.lib.spectral(
-            features.detach().contiguous().numpy(), padded(factor), padded(self.below.int()), padded(self.fraction),
-            out.numpy(), griffin_lim, momentum, POWER_FLOOR, torch.get_num_threads(),
+            features.detach().contiguous(), padded(factor), padded(self.below.int()), padded(self.fraction),
+            out, griffin_lim, momentum, POWER_FLOOR, torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -254,12 +254,12 @@ def spsi(magnitude: Tensor) -> Tensor:
 
         if runtime.use_triton(magnitude, "auto"):
             return kernel.spsi(magnitude, hop=FRAME_HOP, size=N_FFT)
-    array = np.ascontiguousarray(magnitude.detach().cpu().numpy(), dtype=np.float32)
-    if native.lib is not None and hasattr(native.lib, "spsi"):
-        phasors = native.lib.spsi(array, FRAME_HOP, N_FFT)
-    else:
-        phasors = spsi_numpy(array, FRAME_HOP, N_FFT)
-    return torch.from_numpy(phasors).to(magnitude.device)
+    on_cpu = magnitude.detach().to("cpu", torch.float32).contiguous()
+    if native.lib is None:
+        return torch.from_numpy(spsi_numpy(on_cpu.numpy(), FRAME_HOP, N_FFT)).to(magnitude.device)
+    phasors = torch.empty(on_cpu.shape, dtype=torch.complex64)
+    native.lib.spsi(on_cpu, phasors, FRAME_HOP, N_FFT)
+    return phasors.to(magnitude.device)
 
 
 def spsi_numpy(magnitude: np.ndarray, hop: int = FRAME_HOP, n_fft: int = N_FFT) -> np.ndarray:

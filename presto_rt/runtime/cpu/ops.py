@@ -22,8 +22,6 @@ from .products import INT8_MIN_INPUTS, Int8Linear, int8_is_exact, pack_int8, pac
 from .threads import reduce_openmp_spinning
 
 DTYPES = (torch.float32, torch.bfloat16)
-GELU_TANH, SILU, SWIGLU, NONE = 0, 1, 2, 3
-KINDS = {"none": NONE, "gelu_tanh": GELU_TANH, "silu": SILU}
 
 
 def unsupported_reason(dtype: torch.dtype = torch.float32) -> str | None:
@@ -33,13 +31,6 @@ def unsupported_reason(dtype: torch.dtype = torch.float32) -> str | None:
     if dtype not in DTYPES:
         return f"it computes in float32 or bfloat16, not {str(dtype).removeprefix('torch.')}"
     return None
-
-
-def check(x: Tensor, *shape: int, dtype: torch.dtype) -> int:
-    """Return the address of a contiguous CPU tensor of this shape and dtype. Raises ValueError for any other."""
-    if x.shape != shape or x.dtype != dtype or not x.is_contiguous() or x.device.type != "cpu":
-        raise ValueError(f"expected {dtype} {shape}, contiguous, on the CPU; got {x.dtype} {tuple(x.shape)}")
-    return x.data_ptr()
 
 
 class CpuOps:
@@ -73,7 +64,6 @@ class CpuOps:
                 "int8 needs a torch with oneDNN and a processor with VNNI; choose another dtype"
             )
         self.dtype, self.int8, self.exact_int8 = dtype, int8, exact_int8
-        self.bf16 = dtype == torch.bfloat16
         self.threads = torch.get_num_threads() if threads is None else threads
         self.lib: Any = native.lib
         if self.threads > 1:
@@ -105,21 +95,14 @@ class CpuOps:
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return x (..., K) as uint8 (rows, K) around 128, and a scale (rows,) fp32 for each row."""
-        rows, width = x.numel() // x.shape[-1], x.shape[-1]
-        out, scale = torch.empty(rows, width, dtype=torch.uint8), torch.empty(rows)
-        address = check(x, *x.shape, dtype=self.dtype)
-        self.lib.quantize(address, out.data_ptr(), scale.data_ptr(), self.bf16, rows, width, self.threads)
+        x = x.view(-1, x.shape[-1])
+        out, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x))
+        self.lib.quantize(x, out, scale, self.threads)
         return out, scale
 
     def rescale(self, y: Tensor, scale: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
         """Compute act(scale y + bias) in place; y (rows, N), scale (rows,) and bias (N,) fp32."""
-        rows, width = y.shape
-        address = check(y, rows, width, dtype=self.dtype)
-        self.lib.rescale(
-            address, check(scale, rows, dtype=torch.float32),
-            0 if bias is None else check(bias, width, dtype=torch.float32), address, self.bf16, rows, width,
-            KINDS[activation], self.threads,
-        )  # fmt: skip
+        self.lib.rescale(y, scale, bias, y, activation, self.threads)
         return y
 
     def adaln(
@@ -134,23 +117,7 @@ class CpuOps:
     ) -> None:
         """See `Ops.adaln`."""
         table, gate, shift, scale = modulation.table, modulation.gate, modulation.shift, modulation.scale
-        shape = residual.shape
-        batch, tokens, width = shape
-        rows = [0, 0, 0]
-        stride = table.stride(0)
-        start = table.data_ptr()
-        if table.shape[0] != batch or table.shape[2] != width or table.dtype != torch.float32 or stride % width:
-            raise ValueError(f"the table must be float32 ({batch}, rows, {width}), got {tuple(table.shape)}")
-        for i, row in enumerate((gate, shift, scale)):
-            if row is not None:
-                if not 0 <= row < table.shape[1]:
-                    raise ValueError(f"row {row} is not in the table's 0..{table.shape[1] - 1}")
-                rows[i] = start + 4 * width * row
-        self.lib.adaln(
-            check(source, *shape, dtype=torch.float32), check(residual, *shape, dtype=torch.float32),
-            0 if branch is None else check(branch, *shape, dtype=self.dtype), check(out, *shape, dtype=self.dtype),
-            self.bf16, batch, tokens, width, *rows, stride, eps, self.threads,
-        )  # fmt: skip
+        self.lib.adaln(source, branch, table, gate, shift, scale, residual, out, eps, self.threads)
 
     def qk_norm_rope(
         self,
@@ -162,21 +129,16 @@ class CpuOps:
         eps: float,
     ) -> Tensor:
         """See `Ops.qk_norm_rope`."""
+        self.lib.qk_norm_rope(qkv, *angles, *weights, q, k, eps, self.threads)
         batch, heads, tokens, dim = q.shape
-        f32 = torch.float32
-        self.lib.qk_norm_rope(
-            check(qkv, batch, tokens, 3 * heads * dim, dtype=self.dtype), check(q, *q.shape, dtype=self.dtype),
-            check(k, *q.shape, dtype=self.dtype), self.bf16, batch, tokens, heads, dim,
-            *(check(a, tokens, dim // 2, dtype=f32) for a in angles), *(check(w, dim, dtype=f32) for w in weights), eps,
-            self.threads,
-        )  # fmt: skip
         return qkv.view(batch, tokens, 3, heads, dim)[:, :, 2].transpose(1, 2)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, scratch: Tensor | None, out: Tensor, lengths: Tensor | None = None
     ) -> Tensor:
         """See `Ops.attention`."""
-        return self._attend(q, k, v, None, lengths, scratch, out, 1e-6)
+        self.lib.attention(q, k, v, None, lengths, scratch, out, q.shape[3] ** -0.5, 0.0, self.threads)
+        return out
 
     def cross_attention(
         self,
@@ -191,35 +153,7 @@ class CpuOps:
     ) -> Tensor:
         """See `Ops.cross_attention`."""
         heads = q.unflatten(-1, (k.shape[1], k.shape[3])).transpose(1, 2)
-        return self._attend(heads, k, v, q_weight, lengths, scratch, out, eps)
-
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        q_weight: Tensor | None,
-        lengths: Tensor | None,
-        scratch: Tensor | None,
-        out: Tensor,
-        eps: float,
-    ) -> Tensor:
-        batch, heads, tokens, dim = q.shape
-        keys = k.shape[2]
-        for x in (q, k, v):
-            if x.dtype != self.dtype or x.stride(3) != 1 or x.device.type != "cpu":
-                raise ValueError(f"q, k and v must be {self.dtype} with contiguous heads, got {x.dtype} {x.stride()}")
-        if scratch is None:
-            raise ValueError("attention needs scratch memory of scratch_bytes()")
-        if k.shape != (batch, heads, keys, dim) or v.shape != k.shape:
-            raise ValueError(f"k and v must be ({batch}, {heads}, keys, {dim}), got {tuple(k.shape)}, {tuple(v.shape)}")
-        self.lib.attention(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), check(out, batch, tokens, heads * dim, dtype=self.dtype),
-            0 if q_weight is None else check(q_weight, dim, dtype=torch.float32),
-            0 if lengths is None else check(lengths, batch, dtype=torch.int32), scratch.data_ptr(), scratch.numel(),
-            self.bf16, batch, heads, tokens, keys, dim, q.stride()[:3], k.stride()[:3], v.stride()[:3], dim**-0.5, eps,
-            self.threads,
-        )  # fmt: skip
+        self.lib.attention(heads, k, v, q_weight, lengths, scratch, out, k.shape[3] ** -0.5, eps, self.threads)
         return out
 
     def scratch_bytes(self, batch: int, heads: int, keys: int, dim: int) -> int:
@@ -241,33 +175,15 @@ class CpuOps:
         """See `Ops.mix_norm`; buffers fit their clips here, so lengths must be None."""
         if lengths is not None:
             raise ValueError("mix_norm on a CPU takes no lengths: give it buffers of the clip's size")
-        shape, f32 = out.shape, torch.float32
-        batch, frames, width = shape
-
-        def address(x: Tensor | None, *size: int, dtype: torch.dtype) -> int:
-            return 0 if x is None else check(x, *size, dtype=dtype)
-
-        self.lib.mix_norm(
-            address(source, *shape, dtype=f32), address(branch, *shape, dtype=self.dtype),
-            address(mix, 5, width, dtype=f32), *(address(w, width, dtype=f32) for w in norm or (None, None)),
-            address(residual, *shape, dtype=f32), check(out, *shape, dtype=self.dtype), self.bf16, after, batch, frames,
-            width, eps, self.threads,
-        )  # fmt: skip
+        weight, bias = norm or (None, None)
+        self.lib.mix_norm(source, branch, mix, weight, bias, residual, out, eps, after, self.threads)
         return out
 
     def features(
         self, head: Tensor, linear: Tensor, mean: Tensor, maximum: Tensor, scale: float, out: Tensor
     ) -> Tensor:
         """See `Ops.features`."""
-        batch, frames, _, bands = out.shape
-        stride, f32 = head.shape[-1], torch.float32
-        if stride < 3 * bands:
-            raise ValueError(f"rows of {stride} numbers do not hold three of {bands} bands")
-        self.lib.features(
-            *(check(x, batch, frames, stride, dtype=self.dtype) for x in (head, linear)),
-            check(mean, 2, bands, dtype=f32), check(maximum, 2, bands, dtype=f32), check(out, *out.shape, dtype=f32),
-            self.bf16, batch * frames, bands, stride, scale, self.threads,
-        )  # fmt: skip
+        self.lib.features(head, linear, mean, maximum, out, scale, self.threads)
         return out
 
     def synthesize(
@@ -286,7 +202,7 @@ class CpuOps:
     def normal(self, seeds: Seeds, stream: int, out: Tensor) -> Tensor:
         """See `Ops.normal`; seeds are integers here."""
         for clip, seed in zip(out, seeds, strict=True):
-            self.lib.normal(clip.numpy(), noise.check_seed(seed), stream)
+            self.lib.normal(clip, noise.check_seed(seed), stream)
         return out
 
     def sampler_step(
@@ -322,15 +238,8 @@ class CpuOps:
             fresh: noise (B, T, C) fp32, or None.
             call: coefficients and number of copies of the next input.
         """
-        x, network_input = buffers.x, buffers.network_input
-        shape, f32, copies = x.shape, torch.float32, call.next_copies
-        if copies * shape[0] > network_input.shape[0]:
-            raise ValueError(f"{copies} copies of {shape[0]} clips do not fit an input of {network_input.shape[0]}")
+        b = buffers
         self.lib.sampler_step(
-            check(x, *shape, dtype=f32), check(buffers.history, *shape, dtype=f32),
-            check(conditional, *shape, dtype=self.dtype),
-            0 if unconditional is None else check(unconditional, *shape, dtype=self.dtype),
-            0 if fresh is None else check(fresh, *shape, dtype=f32),
-            check(network_input, len(network_input), *shape[1:], dtype=self.dtype),
-            check(call.coefficients, 9, dtype=f32), self.bf16, x.numel(), copies, self.threads,
+            b.x, b.history, conditional, unconditional, fresh, call.coefficients, call.next_copies, b.network_input,
+            self.threads,
         )  # fmt: skip
