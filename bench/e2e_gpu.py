@@ -103,7 +103,7 @@ def ours(model: Any, case: Case) -> Clip:
 def plain(model: Any, case: Case) -> Clip:
     """Torch, eager or compiled, with the same text encoder, decoder and 16-bit conversion, all on the GPU."""
     import torch
-    from presto_rt.kernels.edm_step import seeds_tensor
+    from presto_rt.kernels.sampler_step import seeds_tensor
     from presto_rt.kernels.pcm import pcm
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True

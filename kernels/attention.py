@@ -24,10 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import BackendUnavailableError, InvalidInputError, MissingDependencyError
+from presto_rt.errors import BackendUnavailableError, InvalidInputError, MissingDependencyError
+
 from . import runtime
-from .choice import Choice
-from .runtime import check, check_out, check_same_device, check_shape, check_tensor, dot, jit, strides, tl
+from .autotune import KernelSelector
+from .checks import check, check_out, check_same_device, check_shape, check_tensor
+from .registration import register_operator
+from .runtime import dot, jit, strides, tl
 
 LOG2_E = 1.4426950408889634
 Forward = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "int | None", float, "Tensor | None"], Tensor]
@@ -77,7 +80,7 @@ def attention_kernel(
     out_batch, out_head, out_token,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """Who writes what: program (i, h, b) writes queries i*BLOCK_M ... of head h of batch element b in out_ptr.
+    """Writes: program (i, h, b) writes queries i*BLOCK_M ... of head h of batch element b in out_ptr.
 
     scale holds log2(e): the softmax runs in base 2.
     """
@@ -195,7 +198,7 @@ def _sdpa(kernel: str | None) -> Forward:
             result = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         if lengths is not None and mask is not None:  # some of its kernels answer NaN where a row sees no key
             result = result.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-        return runtime.filled(out, result)
+        return runtime.copy_into(out, result)
 
     return forward
 
@@ -215,7 +218,7 @@ def _flash_attn(module: str, package: str) -> Forward:
             raise BackendUnavailableError(f"{package} takes no key lengths here; use backend='triton' or 'sdpa'")
         near = {} if window is None else {"window_size": (window, window)}
         result = function(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, **near)
-        return runtime.filled(out, (result[0] if isinstance(result, tuple) else result).transpose(1, 2))
+        return runtime.copy_into(out, (result[0] if isinstance(result, tuple) else result).transpose(1, 2))
 
     return forward
 
@@ -223,7 +226,7 @@ def _flash_attn(module: str, package: str) -> Forward:
 def _torch(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, window: int | None, scale: float, out: Tensor | None
 ) -> Tensor:
-    return runtime.filled(out, attention_reference(q, k, v, key_lengths=lengths, window=window, scale=scale))
+    return runtime.copy_into(out, attention_reference(q, k, v, key_lengths=lengths, window=window, scale=scale))
 
 
 BACKENDS: dict[str, Forward] = {
@@ -269,7 +272,7 @@ def attention(
     return BACKENDS[backend](q, k, v, key_lengths, window, scale, out)
 
 
-choice = Choice("attention")
+selector = KernelSelector("attention")
 
 
 def fastest(
@@ -290,7 +293,7 @@ def fastest(
         inputs = (q, k, v, key_lengths, window, q.shape[-1] ** -0.5, scratch)
         return {name: functools.partial(BACKENDS[name], *inputs) for name in names}
 
-    return choice.fastest(q.device, key, ways, names[0])
+    return selector.fastest(q.device, key, ways, names[0])
 
 
 def _frame_major(q: Tensor) -> Tensor:
@@ -333,3 +336,30 @@ def shipped(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
         name = f"{batch}x{heads}x{dim}" + (" lengths" if masked else "") + (" window" if windowed else "")
         window = 64 if windowed else None
         yield name, functools.partial(attention, *qkv, key_lengths=lengths, window=window, backend="triton")
+
+
+def _attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    # An explicit output gives the result the same strides on every backend.
+    out = _frame_major(q)
+    return attention(q, k, v, key_lengths=key_lengths, window=window, scale=scale, out=out, backend=backend)
+
+
+def _attention_fake(q: Tensor, *_: object, **__: object) -> Tensor:
+    return _frame_major(q)
+
+
+register_operator(
+    "attention(Tensor q, Tensor k, Tensor v, *, Tensor? key_lengths=None, int? window=None, float? scale=None, "
+    "str backend='auto') -> Tensor",
+    _attention_op,
+    _attention_fake,
+)

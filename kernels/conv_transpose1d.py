@@ -1,11 +1,10 @@
-"""Transposed one-dimensional convolution (upsampling), with Snake on its way in: a matrix product whose rows are
-(channel, phase).
+"""Transposed one-dimensional convolution (upsampling) with Snake on its input: a product with rows (channel, phase).
 
-    y[q stride + r - padding] = sum_j W[:, :, r + j stride] s[q - j] + bias
-    r = 0 ... stride - 1, s as in snake_conv1d
+    y[q stride + r - padding] = sum_j W[:, :, r + j stride] s[q - j] + bias,      r = 0 ... stride - 1
 
-The overlap-add happens in the sum over j, inside one program: each output sample gathers the ceil(K / stride) inputs
-that reach it, and nothing is added atomically. The stride phases of a time are put side by side before the store.
+s is Snake of x, as in `snake_conv1d`. The overlap-add is the sum over j inside one program: each output sample gathers
+the ceil(K / stride) inputs that reach it, so nothing is added atomically. The phases of one input time are interleaved
+before the store.
 """
 
 from __future__ import annotations
@@ -18,52 +17,85 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import runtime
-from .runtime import check, check_tensor
-from .snake_conv1d import prepare, run, snake_reference
+from .checks import check, check_tensor
+from .registration import register_operator
+from .runtime import meta
+from .snake_conv1d import Snake, TapGeometry, check_convolution, launch_convolution, snake_from
 
 
 def pack(weight: Tensor, stride: int) -> Tensor:
-    """torch.nn.ConvTranspose1d's weight (C_in, C_out, K) as the kernel reads it. Once, at load.
+    """Return torch.nn.ConvTranspose1d's weight (C_in, C_out, K) in the kernel's layout, contiguous.
 
-    (ceil(K / stride), C_out * P, C_in), P the power of two from stride up; taps and phases that do not exist are zero.
+    The layout is (ceil(K / stride), C_out * P, C_in), P the smallest power of two >= stride; taps and phases that do
+    not exist are zero.
     """
     channels_in, channels_out, size = weight.shape
     taps, phases = runtime.ceil_div(size, stride), runtime.next_power_of_2(stride)
-    padded = F.pad(weight, (0, taps * stride - size)).unflatten(-1, (taps, stride))  # C_in, C_out, j, r
+    padded = F.pad(weight, (0, taps * stride - size)).reshape(channels_in, channels_out, taps, stride)
     padded = F.pad(padded, (0, phases - stride))
     return padded.permute(2, 1, 3, 0).reshape(taps, channels_out * phases, channels_in).contiguous()
 
 
 def unpack(packed: Tensor, stride: int, size: int) -> Tensor:
-    """The inverse of `pack`: (C_in, C_out, size)."""
+    """Return the inverse of `pack`: (C_in, C_out, size)."""
+    taps, rows, channels_in = packed.shape
     phases = runtime.next_power_of_2(stride)
-    split = packed.unflatten(1, (-1, phases))[:, :, :stride]  # j, C_out, r, C_in
+    split = packed.reshape(taps, rows // phases, phases, channels_in)[:, :, :stride]
     return split.permute(3, 1, 0, 2).flatten(2)[..., :size]
 
 
 def conv_transpose1d_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int, kernel_size: int, padding: int = 0,
-    output_padding: int = 0, alpha: Tensor | None = None, beta: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """`conv_transpose1d` in plain torch, with packed weights; arithmetic in fp32, or fp64 where x is."""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int,
+    kernel_size: int,
+    padding: int = 0,
+    output_padding: int = 0,
+    snake: Snake | None = None,
+) -> Tensor:
+    """Compute `conv_transpose1d` in plain torch; arithmetic in fp32, or fp64 for an fp64 x. Arguments as there."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    s = x.to(wide) if alpha is None else snake_reference(x.to(wide), alpha, beta)
+    s = x.to(wide) if snake is None else snake(x.to(wide))
     kernel = unpack(weight, stride, kernel_size).to(wide)
     y = F.conv_transpose1d(s, kernel, None if bias is None else bias.to(wide), stride, padding, output_padding)
     return y.to(x.dtype)
 
 
 def conv_transpose1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int, kernel_size: int, padding: int = 0,
-    output_padding: int = 0, alpha: Tensor | None = None, beta: Tensor | None = None, out: Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int,
+    kernel_size: int,
+    padding: int = 0,
+    output_padding: int = 0,
+    snake: Snake | None = None,
+    out: Tensor | None = None,
     backend: str = "auto",
-) -> Tensor:  # fmt: skip
-    """conv_transpose1d(snake(x)) + bias, as torch.nn.ConvTranspose1d(C_in, C_out, kernel_size, stride, padding,
-    output_padding).
+) -> Tensor:
+    """Return conv_transpose1d(snake(x)) + bias, with the geometry of torch.nn.ConvTranspose1d.
 
-    x (B, C_in, T) fp16 or bf16 (fp32 for checks); weight from `pack(w, stride)`, same dtype; alpha, beta as in
-    snake_conv1d. Returns (B, C_out, (T - 1) stride - 2 padding + kernel_size + output_padding). Raises InvalidInputError
-    for what does not fit.
+    Args:
+        x: (B, C_in, T) fp16 or bf16 (fp32 for checks), any strides over B and C.
+        weight: from `pack(w, stride)`, the dtype of x.
+        bias: (C_out,), the dtype of x or fp32; None: none.
+        stride: output samples per input sample, 1 to 64.
+        kernel_size: K of the unpacked weight.
+        padding: samples cut at each end.
+        output_padding: samples added at the end, less than the stride.
+        snake: activation of the input; None: none.
+        out: (B, C_out, T_out), the dtype of x; None: a new tensor.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        (B, C_out, T_out) with T_out = (T - 1) stride - 2 padding + kernel_size + output_padding.
+
+    Raises:
+        InvalidInputError: shapes, dtypes or geometry that do not fit.
+        BackendUnavailableError: the backend is not available on this device.
     """
     check_tensor("x", x, 3)
     check_tensor("weight", weight, 3, (x.dtype,))
@@ -78,29 +110,87 @@ def conv_transpose1d(
     check(fits, f"weight was not packed for kernel_size {kernel_size} and stride {stride}; use pack(w, stride)")
     length_out = (length - 1) * stride - 2 * padding + kernel_size + output_padding
     check(length_out > 0, f"padding={padding} leaves no samples; make it smaller")
-    out = prepare(x, weight, bias, alpha, beta, None, out, (batch, rows // phases, length_out))
+    shape = (batch, rows // phases, length_out)
+    check_convolution(x, weight, bias, snake, None, out, shape)
     if not runtime.use_triton(x, backend):
-        geometry = {"stride": stride, "kernel_size": kernel_size, "padding": padding, "output_padding": output_padding}
-        return out.copy_(conv_transpose1d_reference(x, weight, bias, alpha=alpha, beta=beta, **geometry))
+        y = conv_transpose1d_reference(
+            x,
+            weight,
+            bias,
+            stride=stride,
+            kernel_size=kernel_size,
+            padding=padding,
+            output_padding=output_padding,
+            snake=snake,
+        )
+        return runtime.copy_into(out, y)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
     columns = runtime.ceil_div(length_out + padding, stride)
-    run(
-        x, weight, bias, alpha, beta, None, out,
-        rows=rows, columns=columns, shift=0, step=-1, stride=stride, crop=padding, phases=phases,
-    )  # fmt: skip
+    geometry = TapGeometry(rows, columns, shift=0, step=-1, stride=stride, crop=padding, phases=phases)
+    launch_convolution(x, weight, bias, snake, None, out, geometry)
     return out
 
 
 def shipped(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Name and call, on meta tensors, of every configuration that `report` compiles: the upsampling of an Oobleck
-    decoder.
-    """
-    meta = {"device": "meta"}
+    """Yield name and call, on meta tensors, of every configuration that `report` compiles: Oobleck's upsampling."""
     for channels, stride, length in ((2048, 8, 690), (1024, 8, 5_520), (512, 4, 44_100), (256, 2, 176_400)):
-        x = torch.empty(1, channels, length, dtype=torch.bfloat16, **meta)
-        weight = torch.empty(2, channels // 2 * stride, channels, dtype=torch.bfloat16, **meta)
-        bias, alpha = torch.empty(channels // 2, dtype=torch.bfloat16, **meta), torch.empty(channels, **meta)
-        geometry = {"stride": stride, "kernel_size": 2 * stride, "padding": stride // 2}
-        yield f"{channels} x{stride}", partial(conv_transpose1d, x, weight, bias, alpha=alpha, beta=alpha, **geometry)
-    x = torch.empty(1, 512, 4_000, dtype=torch.bfloat16, **meta)
-    weight = torch.empty(2, 256 * 8, 512, dtype=torch.bfloat16, **meta)
+        snake = Snake(meta(channels, dtype=torch.float32), meta(channels, dtype=torch.float32))
+        call = partial(
+            conv_transpose1d,
+            meta(1, channels, length),
+            meta(2, channels // 2 * stride, channels),
+            meta(channels // 2),
+            stride=stride,
+            kernel_size=2 * stride,
+            padding=stride // 2,
+            snake=snake,
+        )
+        yield f"{channels} x{stride}", call
+    x, weight = meta(1, 512, 4_000), meta(2, 256 * 8, 512)
     yield "512 x5", partial(conv_transpose1d, x, weight, stride=5, kernel_size=10, padding=3, output_padding=1)
+
+
+def _conv_transpose1d_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int,
+    kernel_size: int,
+    padding: int = 0,
+    output_padding: int = 0,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+) -> Tensor:
+    return conv_transpose1d(
+        x,
+        weight,
+        bias,
+        stride=stride,
+        kernel_size=kernel_size,
+        padding=padding,
+        output_padding=output_padding,
+        snake=snake_from(alpha, beta),
+    ).contiguous()
+
+
+def _conv_transpose1d_fake(
+    x: Tensor,
+    weight: Tensor,
+    *_: object,
+    stride: int,
+    kernel_size: int,
+    padding: int = 0,
+    output_padding: int = 0,
+    **__: object,
+) -> Tensor:
+    channels = weight.shape[1] // runtime.next_power_of_2(stride)
+    return x.new_empty((x.shape[0], channels, (x.shape[2] - 1) * stride - 2 * padding + kernel_size + output_padding))
+
+
+register_operator(
+    "conv_transpose1d(Tensor x, Tensor weight, Tensor? bias=None, *, int stride, int kernel_size, int padding=0, "
+    "int output_padding=0, Tensor? alpha=None, Tensor? beta=None) -> Tensor",
+    _conv_transpose1d_op,
+    _conv_transpose1d_fake,
+)

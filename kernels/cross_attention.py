@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from . import runtime
-from .runtime import check, check_out, check_same_device, check_shape, check_tensor, dot, jit, strides, tl
+from .checks import check, check_out, check_same_device, check_shape, check_tensor
+from .registration import register_operator
+from .runtime import dot, jit, strides, tl
 
 LOG2_E = 1.4426950408889634
 MAX_KEYS = 256
@@ -30,7 +32,7 @@ def cross_attention_kernel(
     out_token,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Who writes what: program (i, h, b) writes tokens i*BLOCK_M ... , the columns of head h, of batch element b in
+    """Writes: program (i, h, b) writes tokens i*BLOCK_M ... , the columns of head h, of batch element b in
     out_ptr. It sees all keys. scale holds log2(e).
     """
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -88,34 +90,6 @@ def cross_attention_reference(
     return (scores.softmax(-1).nan_to_num(0.0) @ v.to(wide)).transpose(1, 2).flatten(2).to(q.dtype)
 
 
-def hold_keys_values(
-    states: Tensor, weight: Tensor, heads: int, *, k_weight: Tensor | None = None, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """Keys and values of all blocks for one prompt, each (L, B, heads, S, head_dim): index by block, hold for all
-    steps.
-
-    states (B, S, C): the prompt's token states. weight (L, 2 * heads * head_dim, C): each block's projection to K,
-    then V. k_weight (L, head_dim): RMS-norm of the keys, or None. One matrix product, in plain torch: it runs once
-    per prompt.
-    """
-    check_tensor("states", states, 3)
-    check_tensor("weight", weight, 3, (states.dtype,))
-    layers, packed, channels = weight.shape
-    check(states.shape[2] == channels, f"states have {states.shape[2]} channels, weight takes {channels}")
-    check(
-        heads >= 1 and packed % (2 * heads) == 0,
-        f"weight gives {packed} columns, which 2 * {heads} heads do not divide",
-    )
-    dim = packed // (2 * heads)
-    if k_weight is not None:
-        check_tensor("k_weight", k_weight, 2)
-        check_shape("k_weight", k_weight, (layers, dim))
-    check_same_device(states=states, weight=weight, k_weight=k_weight)
-    both = states.flatten(0, 1) @ weight.flatten(0, 1).T  # (B S, L 2 H D)
-    both = both.view(*states.shape[:2], layers, 2, heads, dim).permute(3, 2, 0, 4, 1, 5).contiguous()
-    return _rms(both[0], None if k_weight is None else k_weight[:, None, None, None], eps), both[1]
-
-
 def cross_attention(
     q: Tensor,
     k: Tensor,
@@ -154,7 +128,7 @@ def cross_attention(
     check_same_device(q=q, k=k, v=v, q_weight=q_weight, key_lengths=key_lengths, out=out)
     if not runtime.use_triton(q, backend):
         result = cross_attention_reference(q, k, v, q_weight=q_weight, key_lengths=key_lengths, scale=scale, eps=eps)
-        return runtime.filled(out, result)
+        return runtime.copy_into(out, result)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     block_s = max(16, runtime.next_power_of_2(keys))
     # over 128 keys the scores of 64 queries do not fit the registers; 32 are too few for wgmma, and spills would cost
@@ -179,3 +153,29 @@ def shipped(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
         lengths = torch.empty(1, dtype=torch.int32, device="meta")
         weight = torch.empty(dim, device="meta")
         yield f"{heads}x{dim} {keys} keys", partial(cross_attention, q, *kv, q_weight=weight, key_lengths=lengths)
+
+
+def _cross_attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    out = q.new_empty(q.shape)
+    return cross_attention(q, k, v, q_weight=q_weight, key_lengths=key_lengths, scale=scale, eps=eps, out=out)
+
+
+def _cross_attention_fake(q: Tensor, *_: object, **__: object) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+register_operator(
+    "cross_attention(Tensor q, Tensor k, Tensor v, *, Tensor? q_weight=None, Tensor? key_lengths=None, "
+    "float? scale=None, float eps=1e-6) -> Tensor",
+    _cross_attention_op,
+    _cross_attention_fake,
+)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from . import runtime
+from .checks import check, check_same_device, check_shape, check_tensor
 from .philox import UNFUSED, interleave, words
-from .runtime import check, check_same_device, check_shape, check_tensor, jit, tl
+from .registration import register_operator
+from .runtime import jit, tl
 
 BLOCK = 1024
 DITHER_STREAM = 0xD17  # presto_rt.audio.pcm's; a test compares
@@ -28,7 +30,7 @@ def pcm_kernel(
     samples_ptr, seed_ptr, out_ptr, channels, frames, samples_batch, samples_channel,
     BLOCK: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """Who writes what: program (i, b) writes elements i*BLOCK ... of clip b, interleaved, in out_ptr."""
+    """Writes: program (i, b) writes elements i*BLOCK ... of clip b, interleaved, in out_ptr."""
     batch = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     element = start + tl.arange(0, BLOCK)
@@ -49,7 +51,7 @@ def pcm_kernel(
 
 def pcm_reference(samples: Tensor, seeds: Tensor | None = None) -> Tensor:
     """`pcm` by the package's own conversion, clip by clip."""
-    from ..audio.pcm import to_pcm
+    from presto_rt.audio.pcm import to_pcm
 
     numbers = [0] * samples.shape[0] if seeds is None else [seed % 2**64 for seed in seeds.tolist()]
     clips = [to_pcm(clip, 16, dither=seeds is not None, seed=n) for clip, n in zip(samples, numbers, strict=True)]
@@ -87,3 +89,15 @@ def shipped(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
     seeds = torch.empty(1, dtype=torch.int64, device="meta")
     yield "stereo dithered", partial(pcm, samples, seeds)
     yield "stereo", partial(pcm, samples)
+
+
+def _pcm_op(samples: Tensor, seeds: Tensor | None = None) -> Tensor:
+    return pcm(samples, seeds)
+
+
+def _pcm_fake(samples: Tensor, seeds: Tensor | None = None) -> Tensor:
+    batch, channels, frames = samples.shape
+    return samples.new_empty((batch, frames, channels), dtype=torch.int16)
+
+
+register_operator("pcm(Tensor samples, Tensor? seeds=None) -> Tensor", _pcm_op, _pcm_fake)

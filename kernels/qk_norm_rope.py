@@ -19,19 +19,12 @@ import torch
 from torch import Tensor
 
 from . import runtime
-from .runtime import check, check_out, check_same_device, check_shape, check_tensor, jit, strides, tl
+from .checks import check, check_out, check_same_device, check_shape, check_tensor
+from .registration import register_operator
+from .runtime import jit, strides, tl
 
 NORMS = ("rms", "layer", "none")
 PAIRS = ("halves", "interleaved")
-
-
-def rotary_table(
-    tokens: int, dims: int, theta: float = 10_000.0, start: int = 0, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """(cos, sin) for positions start ... start + tokens - 1, each (tokens, dims / 2) fp32, computed in fp64."""
-    frequencies = theta ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
-    angles = torch.arange(start, start + tokens, dtype=torch.float64)[:, None] * frequencies
-    return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 @jit
@@ -42,7 +35,7 @@ def qk_norm_rope_kernel(
     DIM: tl.constexpr, PAIRS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
     STEP: tl.constexpr, GAP: tl.constexpr, NORMED: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """Who writes what: program (i, h, b) writes tokens i*BLOCK_T ... of head h of batch element b, in q_ptr and then in
+    """Writes: program (i, h, b) writes tokens i*BLOCK_T ... of head h of batch element b, in q_ptr and then in
     k_ptr.
     """
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -162,7 +155,7 @@ def qk_norm_rope(
         q, k, v = qk_norm_rope_reference(
             qkv, heads, cos, sin, q_weight=q_weight, k_weight=k_weight, norm=norm, pairs=pairs, eps=eps
         )
-        return runtime.filled(q_out, q), runtime.filled(k_out, k), v
+        return runtime.copy_into(q_out, q), runtime.copy_into(k_out, k), v
     q = torch.empty(shape, dtype=qkv.dtype, device=qkv.device) if q_out is None else q_out
     k = torch.empty(shape, dtype=qkv.dtype, device=qkv.device) if k_out is None else k_out
     split = qkv.unflatten(-1, (3, heads, dim))
@@ -198,3 +191,34 @@ def shipped(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
             name,
             partial(qk_norm_rope, qkv, heads, angles, angles, q_weight=weight, k_weight=weight, norm=norm, pairs=pairs),
         )
+
+
+def _qk_norm_rope_op(
+    qkv: Tensor,
+    heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    norm: str = "rms",
+    pairs: str = "halves",
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    q, k, _ = qk_norm_rope(qkv, heads, cos, sin, q_weight=q_weight, k_weight=k_weight, norm=norm, pairs=pairs, eps=eps)
+    return q, k
+
+
+def _qk_norm_rope_fake(qkv: Tensor, heads: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    batch, tokens, packed = qkv.shape
+    shape = (batch, heads, tokens, packed // (3 * heads))
+    return qkv.new_empty(shape), qkv.new_empty(shape)
+
+
+# Without v: a registered operator returns no view of its input.
+register_operator(
+    "qk_norm_rope(Tensor qkv, int heads, Tensor cos, Tensor sin, *, Tensor? q_weight=None, Tensor? k_weight=None, "
+    "str norm='rms', str pairs='halves', float eps=1e-6) -> (Tensor, Tensor)",
+    _qk_norm_rope_op,
+    _qk_norm_rope_fake,
+)

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from ..errors import BackendUnavailableError, InvalidInputError, MissingDependencyError
+from presto_rt.errors import BackendUnavailableError, InvalidInputError, MissingDependencyError
+
 from . import OPERATORS, runtime
 
 #: shared memory that one block may take, in bytes (CUDA C++ programming guide, table of compute capabilities)

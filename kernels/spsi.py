@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import runtime
-from .runtime import check, check_same_device, check_shape, check_tensor, jit, tl
+from .checks import check, check_same_device, check_shape, check_tensor
+from .registration import register_operator
+from .runtime import jit, tl
 from .trig import sin_cos
 
 TURN = 2**32
@@ -44,7 +46,7 @@ def smaller(a, b):
 def spsi_peaks_kernel(
     magnitude_ptr, peak_ptr, turn_ptr, frames, bins, advance, magnitude_batch, magnitude_frame, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Who writes what: program (t, b) writes frame t of clip b in peak_ptr and turn_ptr."""
+    """Writes: program (t, b) writes frame t of clip b in peak_ptr and turn_ptr."""
     frame, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     bin = tl.arange(0, BLOCK)
     inside = bin < bins
@@ -77,7 +79,7 @@ def spsi_peaks_kernel(
 def spsi_follow_kernel(
     peak_ptr, turn_ptr, peak_out_ptr, turn_out_ptr, frames, bins, reach, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Who writes what: program (t, b) writes frame t of clip b in peak_out_ptr and turn_out_ptr."""
+    """Writes: program (t, b) writes frame t of clip b in peak_out_ptr and turn_out_ptr."""
     frame, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     bin = tl.arange(0, BLOCK)
     inside = bin < bins
@@ -94,7 +96,7 @@ def spsi_follow_kernel(
 
 @jit
 def spsi_phasor_kernel(turn_ptr, out_ptr, count, bins, BLOCK: tl.constexpr):
-    """Who writes what: program i writes bins i*BLOCK ... of the flattened frames in out_ptr, real and imaginary part
+    """Writes: program i writes bins i*BLOCK ... of the flattened frames in out_ptr, real and imaginary part
     each.
     """
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -150,7 +152,7 @@ def spsi(magnitude: Tensor, hop: int, size: int, *, out: Tensor | None = None, b
         check(out.is_contiguous(), "out is not contiguous; call .contiguous()")
     check_same_device(magnitude=magnitude, out=out)
     if not runtime.use_triton(magnitude, backend):
-        return runtime.filled(out, spsi_reference(magnitude, hop, size))
+        return runtime.copy_into(out, spsi_reference(magnitude, hop, size))
     shape, device = (batch, frames, bins), magnitude.device
     peaks = [torch.empty(shape, dtype=torch.int16, device=device) for _ in range(2)]
     turns = [torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2)]
@@ -178,3 +180,14 @@ def shipped(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """
     magnitude = torch.empty(1, 16, 1025, device="meta")
     yield "2048 every 512", partial(spsi, magnitude, 512, 2048)
+
+
+def _spsi_op(magnitude: Tensor, hop: int, size: int) -> Tensor:
+    return spsi(magnitude, hop, size)
+
+
+def _spsi_fake(magnitude: Tensor, hop: int, size: int) -> Tensor:
+    return magnitude.new_empty(magnitude.shape, dtype=torch.complex64)
+
+
+register_operator("spsi(Tensor magnitude, int hop, int size) -> Tensor", _spsi_op, _spsi_fake)

@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from presto_rt.kernels import OPERATORS
 
 from bench.kernels.harness import Ceiling, cases, presets
 from bench.results import machine, save, table
+from presto_rt.kernels import OPERATORS
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests" / "kernels"

@@ -1,6 +1,4 @@
-"""Norm and modulation around a branch: one pass of ours against six of eager torch; at the one width that it takes also
-flashinfer's fused kernel.
-"""
+"""Gated residual, norm and modulation: one kernel against six of eager torch, and flashinfer's at its one width."""
 
 from __future__ import annotations
 
@@ -9,24 +7,27 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from presto_rt.kernels import adaln
 
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
+from presto_rt.kernels.adaln import Modulation, adaln
 
 FLASHINFER_WIDTH = 3072
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:
+    """Yield the preset's width and, on a GPU, flashinfer's."""
     s = shapes(preset, device)
     widths = (s.width, FLASHINFER_WIDTH) if device == "cuda" and preset == "medium" else (s.width,)
     for width in widths:
-        yield from at_width(s.tokens, width, device)
+        yield at_width(s.tokens, width, device)
 
 
-def at_width(tokens: int, width: int, device: str) -> Iterator[Case]:
+def at_width(tokens: int, width: int, device: str) -> Case:
+    """Return the case of one row width."""
     table = torch.randn(480, width, device=device)
     table16 = table.bfloat16()
+    modulation = Modulation(table, gate=2, shift=3, scale=4)
 
     def randn() -> torch.Tensor:
         return torch.randn(1, tokens, width, device=device).bfloat16()
@@ -36,11 +37,11 @@ def at_width(tokens: int, width: int, device: str) -> Iterator[Case]:
         return r, F.layer_norm(r, (width,), eps=1e-6) * (1 + table16[4]) + table16[3]
 
     def presto(residual: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return adaln.gate_residual_norm_modulate(residual, branch, table, gate=2, shift=3, scale=4)
+        return adaln(residual, branch, modulation)
 
     ways = {"eager": eager, "presto": presto}
     if width == FLASHINFER_WIDTH:
-        # it wants a gate, scale and shift for each token, so it moves more
+        # flashinfer takes a gate, scale and shift for each token, so it moves more bytes.
         gate, scale, shift = (table16[row].expand(1, tokens, width).contiguous() for row in (2, 4, 3))
 
         def flashinfer(residual: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,12 +51,4 @@ def at_width(tokens: int, width: int, device: str) -> Iterator[Case]:
         ways["flashinfer"] = flashinfer
     x = randn()
     moved = 4 * size(x) + 3 * size(table[0])
-    name = f"gate_residual_norm_modulate {tokens}x{width}"
-    yield Case("adaln", name, lambda: (randn(), randn()), ways, moved, 12 * x.numel())
-
-    def eager_norm(x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, (width,), eps=1e-6) * (1 + table16[4]) + table16[3]
-
-    ways = {"eager": eager_norm, "presto": lambda x: adaln.norm_modulate(x, table, shift=3, scale=4)}
-    moved = 2 * size(x) + 2 * size(table[0])
-    yield Case("adaln", f"norm_modulate {tokens}x{width}", lambda: (randn(),), ways, moved, 10 * x.numel())
+    return Case("adaln", f"{tokens}x{width}", lambda: (randn(), randn()), ways, moved, 12 * x.numel())

@@ -7,10 +7,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from presto_rt.kernels.attention import attention
 
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
+from presto_rt.kernels.attention import attention
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:

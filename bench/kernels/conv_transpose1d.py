@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from presto_rt.kernels.conv_transpose1d import conv_transpose1d, pack
 
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
+from presto_rt.kernels.conv_transpose1d import conv_transpose1d, pack
+from presto_rt.kernels.snake_conv1d import Snake
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:
@@ -30,7 +31,7 @@ def cases(device: str, preset: str) -> Iterator[Case]:
             return F.conv_transpose1d(s, w, b, stride=k, padding=k // 2)
 
         def presto(x: torch.Tensor, w=packed, b=bias, a=alpha, k: int = stride) -> torch.Tensor:  # type: ignore[no-untyped-def]
-            return conv_transpose1d(x, w, b, alpha=a, stride=k, kernel_size=2 * k, padding=k // 2)
+            return conv_transpose1d(x, w, b, snake=Snake(a), stride=k, kernel_size=2 * k, padding=k // 2)
 
         moved = size(*make()) * (1 + stride // 2) + size(weight)
         operations = 2 * channels * channels // 2 * 2 * stride * length

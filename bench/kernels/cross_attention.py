@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from presto_rt.kernels.cross_attention import cross_attention
 
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
+from presto_rt.kernels.cross_attention import cross_attention
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:

@@ -1,6 +1,4 @@
-"""Linear layers with their epilogues. "presto" takes the faster of Triton and cuBLASLt; "presto triton" is our
-kernel alone.
-"""
+"""Linear layers with their epilogues. "presto" takes the faster of Triton and cuBLASLt, "presto triton" our kernel."""
 
 from __future__ import annotations
 
@@ -9,21 +7,19 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from presto_rt.kernels.gemm import linear, linear_gate_residual
 
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
+from presto_rt.kernels.gemm import Fp8Scales, linear
 
 FP8 = torch.float8_e4m3fn
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:
-    """The weights are inputs too: in the network each layer's come cold."""
+    """Yield the MLP's layers. The weights are inputs too, since in the network every layer's weights are cold."""
     s = shapes(preset, device)
     wide, gpu = 4 * s.width, device == "cuda"
     up_bias, down_bias = s.randn(wide), s.randn(s.width)
-    table = s.randn(6, s.width, dtype=torch.float32)
-    gate16 = table[5].bfloat16()
     operations = 2 * s.tokens * s.width * wide
 
     def make_up() -> tuple[torch.Tensor, ...]:
@@ -41,7 +37,7 @@ def cases(device: str, preset: str) -> Iterator[Case]:
     yield Case("gemm", f"up gelu_tanh {s.tokens}x{s.width}x{wide}", make_up, ways, moved, operations)
 
     if device != "cpu":
-        scales = torch.full((wide,), 0.01, device=device)
+        weight_scale = torch.full((wide,), 0.01, device=device)
 
         def make_fp8() -> tuple[torch.Tensor, ...]:
             x, weight = make_up()
@@ -49,29 +45,24 @@ def cases(device: str, preset: str) -> Iterator[Case]:
 
         def eager_fp8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             ones = torch.full((s.tokens, 1), 0.02, device=device)
-            z = torch._scaled_mm(x[0], weight.T, ones, scales[None], bias=up_bias, out_dtype=torch.bfloat16)
+            z = torch._scaled_mm(x[0], weight.T, ones, weight_scale[None], bias=up_bias, out_dtype=torch.bfloat16)
             return (F.gelu(z, approximate="tanh") / 0.02).to(FP8)
 
-        fp8 = {"x_scale": 0.02, "weight_scale": scales, "out_dtype": FP8, "out_scale": 0.02}
-        ways = {"eager": eager_fp8, "presto": partial(presto_up, **fp8)}
-        ways["presto triton"] = partial(presto_up, backend="triton", **fp8)
-        moved = size(*make_fp8(), up_bias, scales) + s.tokens * wide
+        presto_fp8 = partial(presto_up, scales=Fp8Scales(0.02, weight_scale, 0.02), out_dtype=FP8)
+        ways = {"eager": eager_fp8, "presto": presto_fp8, "presto triton": partial(presto_fp8, backend="triton")}
+        moved = size(*make_fp8(), up_bias, weight_scale) + s.tokens * wide
         name = f"fp8 up gelu_tanh {s.tokens}x{s.width}x{wide}"
         yield Case("gemm", name, make_fp8, ways, moved, operations, rate=2.0)
 
     def make_down() -> tuple[torch.Tensor, ...]:
-        return s.randn(1, s.tokens, wide), s.randn(1, s.tokens, s.width), s.randn(s.width, wide) * wide**-0.5
+        return s.randn(1, s.tokens, wide), s.randn(s.width, wide) * wide**-0.5
 
-    def eager_down(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return residual + gate16 * F.linear(x, weight, down_bias)
+    def eager_down(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight, down_bias)
 
-    def presto_down(
-        x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, backend: str = "auto"
-    ) -> torch.Tensor:
-        return linear_gate_residual(x, weight, down_bias, residual, table, gate=5, backend=backend)
-
+    presto_down = partial(linear, bias=down_bias)
     ways = {"eager": eager_down, "presto": presto_down}
     if gpu:
         ways["presto triton"] = partial(presto_down, backend="triton")
-    moved = size(*make_down(), down_bias, table[5]) + s.tokens * s.width * 2
-    yield Case("gemm", f"down gate residual {s.tokens}x{wide}x{s.width}", make_down, ways, moved, operations)
+    moved = size(*make_down(), down_bias) + s.tokens * s.width * 2
+    yield Case("gemm", f"down {s.tokens}x{wide}x{s.width}", make_down, ways, moved, operations)

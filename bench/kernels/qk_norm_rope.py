@@ -7,16 +7,17 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from presto_rt.kernels.qk_norm_rope import qk_norm_rope, rotary_table
 
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
+from presto_rt.kernels.qk_norm_rope import qk_norm_rope
+from presto_rt.models.dit import rotary_table
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:
     s = shapes(preset, device)
     dim = s.head_dim
-    cos, sin = rotary_table(s.tokens, dim, device=device)
+    cos, sin = rotary_table(s.tokens, dim, device)
     weight = s.randn(dim, dtype=torch.float32)
     weight16, wide16 = weight.bfloat16(), weight.bfloat16().repeat(s.heads)
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from presto_rt.kernels.snake_conv1d import pack, snake_conv1d
 
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
+from presto_rt.kernels.snake_conv1d import Snake, pack, snake_conv1d
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:
@@ -29,7 +29,7 @@ def cases(device: str, preset: str) -> Iterator[Case]:
             return x + F.conv1d(x + (a * x).sin().square() / (a + 1e-9), w, b, padding=27, dilation=9)
 
         def presto(x: torch.Tensor, w=packed, b=bias, a=alpha) -> torch.Tensor:  # type: ignore[no-untyped-def]
-            return snake_conv1d(x, w, b, alpha=a, dilation=9, padding=27, residual=x)
+            return snake_conv1d(x, w, b, snake=Snake(a), dilation=9, padding=27, residual=x)
 
         moved = 2 * size(*make()) + size(weight)
         operations = 2 * 7 * channels * channels * length

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from presto_rt.kernels.spsi import spsi, spsi_reference
 
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
+from presto_rt.kernels.spsi import spsi, spsi_reference
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from presto_rt.kernels import OPERATORS
 
 from bench.kernels.harness import cases, presets
+from presto_rt.kernels import OPERATORS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

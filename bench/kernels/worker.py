@@ -69,7 +69,7 @@ def compiled(eager: Any, mode: str) -> Any:
 def chosen(operator: str) -> dict[Any, str]:
     """What backend="auto" has measured to be fastest so far, in the operators that choose."""
     module = importlib.import_module(f"presto_rt.kernels.{operator}")
-    return dict(module.choice.known) if hasattr(module, "choice") else {}
+    return dict(module.selector.selected) if hasattr(module, "selector") else {}
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from presto_rt.kernels import attention as op
-from presto_rt.kernels.attention import attention, attention_reference, visible
 
 from presto_rt.errors import BackendUnavailableError, InvalidInputError, MissingDependencyError
+from presto_rt.kernels import attention as op
+from presto_rt.kernels.attention import attention, attention_reference, visible
 from tests.support.kernels import assert_no_worse, poisoned
 
 # batch, heads, queries, keys, head dim; key lengths; window
@@ -77,11 +77,11 @@ def test_auto_measures_once():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU on this machine")
     q, k, v = tensors((1, 4, 256, 256, 64), torch.bfloat16, "cuda")
-    before = set(op.choice.known)
+    before = set(op.selector.selected)
     first = attention(q, k, v)
-    (key,) = set(op.choice.known) - before
-    assert op.choice.known[key] in op.MEASURED
-    assert torch.equal(first, attention(q, k, v, backend=op.choice.known[key]))
+    (key,) = set(op.selector.selected) - before
+    assert op.selector.selected[key] in op.MEASURED
+    assert torch.equal(first, attention(q, k, v, backend=op.selector.selected[key]))
 
 
 @settings(max_examples=12, deadline=None)

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from presto_rt.errors import InvalidInputError
 from presto_rt.kernels import conv_transpose1d as up
 from presto_rt.kernels import snake_conv1d as op
 from presto_rt.kernels.conv_transpose1d import conv_transpose1d
-from presto_rt.kernels.snake_conv1d import snake_conv1d
-
-from presto_rt.errors import InvalidInputError
+from presto_rt.kernels.snake_conv1d import Snake, snake_conv1d
 from tests.support.kernels import assert_no_worse, poisoned, strided
 
 
@@ -47,9 +47,17 @@ def test_snake_conv_against_fp64(device, shape, activated, dtype):
     length_out = length + 2 * padding - dilation * (taps - 1)
     residual = strided(torch.randn(batch, outward, length_out, device=device).to(dtype))
     out = poisoned(batch, outward, length_out, dtype=dtype, device=device)
-    snake_conv1d(x, op.pack(weight), bias, alpha=alpha, beta=beta, dilation=dilation, padding=padding,
-    residual=residual,
-                 out=out, backend="triton")  # fmt: skip
+    snake_conv1d(
+        x,
+        op.pack(weight),
+        bias,
+        snake=Snake(alpha, beta) if activated else None,
+        dilation=dilation,
+        padding=padding,
+        residual=residual,
+        out=out,
+        backend="triton",
+    )
 
     def plain(dt):
         s = snake(x.to(dt), alpha, beta) if activated else x.to(dt)
@@ -84,7 +92,8 @@ def test_conv_transpose_against_fp64(device, shape, activated, dtype):
     truth = plain(torch.float64)
     out = poisoned(*truth.shape, dtype=dtype, device=device)
     geometry = {"stride": stride, "kernel_size": size, "padding": padding, "output_padding": extra}
-    conv_transpose1d(x, up.pack(weight, stride), bias, alpha=alpha, out=out, backend="triton", **geometry)
+    activation = Snake(alpha) if activated else None
+    conv_transpose1d(x, up.pack(weight, stride), bias, snake=activation, out=out, backend="triton", **geometry)
     assert_no_worse(out, plain(dtype), truth)
 
 
@@ -97,13 +106,13 @@ def test_any_geometry(data, inward, outward, length):
     taps, dilation = data.draw(st.integers(1, 5), "taps"), data.draw(st.integers(1, 4), "dilation")
     padding = data.draw(st.integers(max(0, dilation * (taps - 1) - length + 1), 20), "padding")
     weight = op.pack(torch.randn(outward, inward, taps))
-    arguments = {"alpha": alpha, "dilation": dilation, "padding": padding}
+    arguments = {"snake": Snake(alpha), "dilation": dilation, "padding": padding}
     ours = snake_conv1d(x, weight, backend="triton", **arguments)
     torch.testing.assert_close(ours, op.snake_conv1d_reference(x, weight, **arguments), rtol=1e-4, atol=1e-4)
 
     stride, size = data.draw(st.integers(1, 6), "stride"), data.draw(st.integers(1, 9), "size")
     extra = data.draw(st.integers(0, stride - 1), "extra")
-    arguments = {"stride": stride, "kernel_size": size, "output_padding": extra, "alpha": alpha}
+    arguments = {"stride": stride, "kernel_size": size, "output_padding": extra, "snake": Snake(alpha)}
     weight = torch.randn(inward, outward, size)
     assert torch.equal(up.unpack(up.pack(weight, stride), stride, size), weight)
     ours = conv_transpose1d(x, up.pack(weight, stride), backend="triton", **arguments)
@@ -121,8 +130,8 @@ def test_any_geometry(data, inward, outward, length):
         ({"weight": torch.randn(6, 4, 3)}, "pack Conv1d's weight"),
         ({"weight": torch.randn(3, 4, 6).transpose(1, 2)}, "weight is not contiguous"),
         ({"bias": torch.randn(5)}, "bias has shape"),
-        ({"alpha": torch.ones(3)}, "alpha has shape"),
-        ({"beta": torch.ones(4)}, "beta goes with alpha"),
+        ({"snake": Snake(torch.ones(3))}, "alpha has shape"),
+        ({"snake": Snake(torch.ones(4), torch.ones(3))}, "beta has shape"),
         ({"dilation": 5}, "3 taps with dilation 5 reach over 9 samples"),
         ({"dilation": 0}, "must be 1 or more"),
         ({"residual": torch.randn(1, 6, 9)}, "residual has shape"),

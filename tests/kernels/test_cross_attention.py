@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from presto_rt.kernels import cross_attention as op
-from presto_rt.kernels.cross_attention import cross_attention, cross_attention_reference, hold_keys_values
 
 from presto_rt.errors import InvalidInputError
+from presto_rt.kernels import cross_attention as op
+from presto_rt.kernels.cross_attention import cross_attention, cross_attention_reference
 from tests.support.kernels import assert_no_worse, poisoned, strided
 
 
@@ -57,26 +57,6 @@ def test_no_key_gives_zeros(device):
         assert (out[1] != 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_held_keys_and_values_are_each_blocks_own(device, dtype):
-    layers, heads, dim = 3, 2, 16
-    states = torch.randn(2, 7, 24, device=device).to(dtype)
-    weight = torch.randn(layers, 2 * heads * dim, 24, device=device).to(dtype)
-    norm = torch.rand(layers, dim, device=device)
-    keys, values = hold_keys_values(states, weight, heads, k_weight=norm)
-    assert keys.shape == values.shape == (layers, 2, heads, 7, dim)
-    for block in range(layers):
-
-        def project(x, dt, block=block):
-            k, v = F.linear(x.to(dt), weight[block].to(dt)).unflatten(-1, (2, heads, dim)).permute(2, 0, 3, 1, 4)
-            return F.rms_norm(k, (dim,), norm[block].to(dt), eps=1e-6), v
-
-        for ours, eager, truth in zip(
-            (keys[block], values[block]), project(states, dtype), project(states, torch.float64), strict=True
-        ):
-            assert_no_worse(ours, eager, truth)
-
-
 @settings(max_examples=10, deadline=None)
 @given(
     data=st.data(),
@@ -114,10 +94,3 @@ def test_bad_input(change, message):
     arguments = {"q": torch.randn(1, 4, 128), "k": torch.randn(1, 2, 9, 64), "v": torch.randn(1, 2, 9, 64)}
     with pytest.raises(InvalidInputError, match=message):
         cross_attention(**(arguments | change))
-
-
-def test_bad_projection():
-    with pytest.raises(InvalidInputError, match="states have 8 channels, weight takes 9"):
-        hold_keys_values(torch.randn(1, 4, 8), torch.randn(2, 32, 9), 1)
-    with pytest.raises(InvalidInputError, match="heads do not divide"):
-        hold_keys_values(torch.randn(1, 4, 8), torch.randn(2, 32, 8), 3)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from presto_rt.kernels import OPERATORS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()

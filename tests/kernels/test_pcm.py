@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from presto_rt.kernels import pcm as op
-from presto_rt.kernels.edm_step import seeds_tensor
-from presto_rt.kernels.pcm import pcm
 
 from presto_rt.audio import pcm as package
 from presto_rt.errors import InvalidInputError
+from presto_rt.kernels import pcm as op
+from presto_rt.kernels.pcm import pcm
+from presto_rt.kernels.sampler_step import seeds_tensor
 
 
 def test_the_dither_stream_is_the_packages():

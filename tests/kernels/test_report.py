@@ -9,9 +9,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from presto_rt.kernels import OPERATORS, report, runtime
 
 from presto_rt.errors import InvalidInputError
+from presto_rt.kernels import OPERATORS, report, runtime
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -59,18 +59,18 @@ def test_noise_has_no_fused_operation_and_exact_roots():
 import re
 from presto_rt.kernels import report
 for arch in (80, 90):
-    for operator, name, item in report.configurations(arch, ["edm_step", "pcm"]):
+    for operator, name, item in report.configurations(arch, ["sampler_step", "pcm"]):
         compiled = report.compile_launch(item, arch)
         ptx = compiled.asm["ptx"]
         assert not re.search(r"fma\\.", ptx), name
         assert compiled.metadata.enable_fp_fusion is False, name  # ptxas gets --fmad=false
-        if "few-step" in name or name == "normal":
+        if "fresh noise" in name or name == "normal":
             kinds = set(re.findall(r"\\b((?:sqrt|div)\\.\\w+\\.f32)", ptx))
             assert kinds == {"sqrt.rn.f32", "div.rn.f32"}, kinds
             print(arch, name)
 """)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split("\n")) == 7
+    assert len(done.stdout.splitlines()) == 8
 
 
 def test_kernels_compile_where_every_number_is_one():
@@ -98,13 +98,14 @@ def test_one_binary_serves_every_row_and_stream():
     """Rows of the modulation table and noise streams differ from call to call: none is a reason to compile again."""
     done = run("-c", """
 import torch
-from presto_rt.kernels import adaln, edm_step, report, runtime
-x, table, update = (torch.empty(*s, device="meta") for s in ((1, 32, 64), (40, 64), (9,)))
+from presto_rt.kernels import adaln, report, runtime, sampler_step
+x, table, coefficients = (torch.empty(*s, device="meta") for s in ((1, 32, 64), (40, 64), (9,)))
 seeds, found = torch.empty(1, dtype=torch.int64, device="meta"), []
 for row in (0, 1, 7, 16):
     with runtime.recording(90) as launches:
-        adaln.gate_residual_norm_modulate(x, x, table, gate=row, shift=row + 1, scale=row + 2)
-        edm_step.trajectory_step(x, x, x, update, network_input=x, seeds=seeds, stream=row)
+        adaln.adaln(x, x, adaln.Modulation(table, gate=row, shift=row + 1, scale=row + 2))
+        noise = sampler_step.NoiseStream(seeds, row)
+        sampler_step.sampler_step(x, x, x, coefficients, network_input=x, noise=noise)
     found.append([repr(report.specialise(item)) for item in launches])
 assert len(found[0]) == 2 and all(one == found[0] for one in found), found
 """)  # fmt: skip

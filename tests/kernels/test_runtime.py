@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from presto_rt.kernels import adaln, runtime
-from presto_rt.kernels.choice import Choice
-from presto_rt.kernels.runtime import INTERPRET, dot, jit, tl  # noqa: F401  (kernels below see them as globals)
 
 from presto_rt import kernels, native
 from presto_rt.errors import BackendUnavailableError, InvalidInputError, MissingDependencyError
+from presto_rt.kernels import adaln, runtime
+from presto_rt.kernels.autotune import KernelSelector
+from presto_rt.kernels.runtime import INTERPRET, dot, jit, tl  # noqa: F401  (kernels below see them as globals)
 from tests.support.kernels import assert_written_once, interpreted_only
 
 ROOT = Path(__file__).parents[2]
@@ -46,18 +46,20 @@ logging.getLogger("presto_rt").handle = lambda record: lines.append(record.getMe
 logging.getLogger("presto_rt.kernels").handle = lambda record: lines.append(record.getMessage())
 import torch
 from presto_rt import kernels, native
+from presto_rt.errors import BackendUnavailableError
 for name in kernels.__all__:
     getattr(kernels, name)
 errors = []
 for _ in range(2):  # the second time says nothing
-    y = kernels.adaln.norm_modulate(torch.randn(1, 3, 8))
+    x = torch.randn(1, 3, 8)
+    _, y = kernels.adaln.adaln(x, x)
     assert abs(float(y.mean())) < 1e-6
     assert kernels.attention.attention(*torch.randn(3, 1, 1, 4, 16)).shape == (1, 1, 4, 16)
-    assert kernels.edm_step.normal(kernels.edm_step.seeds_tensor([1]), (5,)).shape == (1, 5)
+    assert kernels.sampler_step.normal(kernels.sampler_step.seeds_tensor([1]), (5,)).shape == (1, 5)
     assert torch.ops.presto_rt.pcm(torch.zeros(1, 2, 3)).shape == (1, 3, 2)
 try:
-    kernels.adaln.norm_modulate(torch.randn(1, 3, 8), backend="triton")
-except kernels.adaln.runtime.BackendUnavailableError as error:
+    kernels.adaln.adaln(x, x, backend="triton")
+except BackendUnavailableError as error:
     errors.append(str(error))
 found = {name: importlib.util.find_spec(name) is not None for name in ("triton", "presto_rt._C")}
 print(json.dumps({"lines": lines, "errors": errors, "found": found, "gpu": torch.cuda.is_available()}))
@@ -117,8 +119,8 @@ def test_unknown_names():
 @pytest.mark.parametrize("name", kernels.OPERATORS)
 def test_every_operator_has_its_parts(name):
     module = importlib.import_module(f"presto_rt.kernels.{name}")
-    public = getattr(module, name, None) or module.norm_modulate if name != "gemm" else module.linear
-    assert "Raises InvalidInputError" in public.__doc__
+    function = module.linear if name == "gemm" else getattr(module, name)
+    assert "InvalidInputError:" in function.__doc__.partition("Raises:")[2]
     assert any(part.endswith("_reference") for part in dir(module))
     assert callable(module.shipped)
 
@@ -186,12 +188,12 @@ def test_the_write_count_sees_double_and_missing_writes():
 def test_recording_notes_and_runs_nothing():
     x = torch.empty(1, 7, 1024, dtype=torch.bfloat16, device="meta")
     with runtime.recording(80) as launches:
-        y = adaln.norm_modulate(x)
+        y = adaln.adaln(x, x)[1]
     (item,) = launches
     assert y.is_meta
     assert item.kernel is adaln.adaln_kernel
     assert item.grid == (7, 1)
-    assert item.constants["WIDTH"] == 1024
+    assert item.constants["N"] == 1024
 
 
 def test_backends_by_name():
@@ -214,28 +216,28 @@ def test_choice_takes_the_fastest_that_works(monkeypatch, caplog):
             raise found
         return times[found]
 
-    monkeypatch.setattr("presto_rt.kernels.choice.milliseconds", milliseconds)
+    monkeypatch.setattr("presto_rt.kernels.autotune.milliseconds", milliseconds)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     ways = {"slow": lambda: "slow", "fast": lambda: "fast", "broken": lambda: AssertionError("head dim\nand more"),
             "missing": lambda: MissingDependencyError("not installed")}  # fmt: skip
-    choice, first, second = Choice("test"), torch.device("cuda", 0), torch.device("cuda", 1)
-    assert choice.fastest(first, "key", lambda: ways, "slow") == "fast"
-    assert choice.fastest(first, "key", dict, "slow") == "fast"
+    selector, first, second = KernelSelector("test"), torch.device("cuda", 0), torch.device("cuda", 1)
+    assert selector.fastest(first, "key", lambda: ways, "slow") == "fast"
+    assert selector.fastest(first, "key", dict, "slow") == "fast"
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         "test: broken left out, it failed: head dim"
     ]
     times["fast"] = 3.0
-    assert choice.fastest(second, "key", lambda: ways, "fast") == "slow"
-    assert choice.fastest(first, "other", lambda: {"broken": ways["broken"]}, "slow") == "slow"
+    assert selector.fastest(second, "key", lambda: ways, "fast") == "slow"
+    assert selector.fastest(first, "other", lambda: {"broken": ways["broken"]}, "slow") == "slow"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert choice.fastest(first, "new", lambda: ways, "fast") == "fast"
-    assert (first, "new") not in choice.known
+    assert selector.fastest(first, "new", lambda: ways, "fast") == "fast"
+    assert (first, "new") not in selector.selected
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     full = ways | {"greedy": lambda: torch.OutOfMemoryError("CUDA out of memory")}
     with pytest.raises(torch.OutOfMemoryError):  # not remembered as a way that fails
-        choice.fastest(first, "new", lambda: full, "slow")
-    assert (first, "new") not in choice.known
+        selector.fastest(first, "new", lambda: full, "slow")
+    assert (first, "new") not in selector.selected
 
 
 @pytest.mark.gpu
@@ -249,4 +251,4 @@ def test_choice_measures_the_gpu_and_not_the_host():
         return small @ small
 
     ways = {"big": lambda: big @ big, "chatty": chatty}
-    assert Choice("test").fastest(big.device, "key", lambda: ways, "big") == "chatty"
+    assert KernelSelector("test").fastest(big.device, "key", lambda: ways, "big") == "chatty"

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from presto_rt.kernels.spsi import spsi, spsi_reference
 
 from presto_rt.errors import InvalidInputError
+from presto_rt.kernels.spsi import spsi, spsi_reference
 from presto_rt.models.spectral import spsi_numpy
 
 

@@ -1,5 +1,7 @@
-"""Races: the interpreter runs programs one after another, so it hides them. Here every store of every kernel is
-counted: each output element must be written exactly once, and the docstring must say by which program.
+"""Absence of write races: every store of every kernel is counted, and each output element is written exactly once.
+
+The interpreter runs programs sequentially, so results alone would not show a race. Each kernel's docstring names the
+program that writes each output.
 """
 
 from __future__ import annotations
@@ -9,23 +11,22 @@ import itertools
 
 import pytest
 import torch
+
 from presto_rt.kernels import (
     OPERATORS,
     adaln,
     conv_transpose1d,
-    edm_step,
-    istft_head,
     qk_norm_rope,
     runtime,
+    sampler_step,
     snake_conv1d,
     spsi,
 )
 from presto_rt.kernels.attention import attention
 from presto_rt.kernels.cross_attention import cross_attention
-from presto_rt.kernels.gemm import linear, linear_gate_residual
+from presto_rt.kernels.gemm import linear
 from presto_rt.kernels.pcm import pcm
-
-from tests.support.kernels import assert_written_once, interpreted_only, strided
+from tests.support.kernels import assert_written_once, interpreted_only, rotary_table, strided
 
 MODULES = [importlib.import_module(f"presto_rt.kernels.{name}") for name in OPERATORS]
 KERNELS = {
@@ -37,17 +38,16 @@ SHAPE = (2, 5, 96)
 def adaln_writes():
     x, table = torch.randn(SHAPE), torch.randn(3, 96)
     r, y = strided(torch.zeros(SHAPE)), torch.empty(SHAPE)
-    rows = {"shift": 1, "scale": 2, "backend": "triton"}
-    yield lambda: adaln.gate_residual_norm_modulate(x, x, table, gate=0, residual_out=r, out=y, **rows), r, y
-    yield lambda: adaln.norm_modulate(x, table, out=y, **rows), y
-    yield lambda: adaln.gate_residual_norm_modulate(x, r, residual_out=r, out=y, backend="triton"), r, y  # in place
+    m = adaln.Modulation(table, gate=0, shift=1, scale=2)
+    yield lambda: adaln.adaln(x, x, m, residual_out=r, out=y, backend="triton"), r, y
+    yield lambda: adaln.adaln(r, x, residual_out=r, out=y, backend="triton"), r, y  # in place
 
 
 def qk_norm_rope_writes():
     qkv = torch.randn(2, 19, 3 * 2 * 64)
     q, k = torch.empty(2, 2, 19, 64), torch.empty(2, 19, 2, 64).transpose(1, 2)
     for turned, pairs in itertools.product((64, 40), qk_norm_rope.PAIRS):
-        angles, options = qk_norm_rope.rotary_table(19, turned), {"pairs": pairs, "backend": "triton"}
+        angles, options = rotary_table(19, turned), {"pairs": pairs, "backend": "triton"}
         yield lambda a=angles, o=options: qk_norm_rope.qk_norm_rope(qkv, 2, *a, q_out=q, k_out=k, **o), q, k
 
 
@@ -64,30 +64,22 @@ def cross_attention_writes():
 
 
 def gemm_writes():
-    x, weight, out = torch.randn(2, 37, 48), torch.randn(80, 48), strided(torch.zeros(2, 37, 80))
-    half, residual = out[..., :40], torch.zeros(2, 37, 80)
-    yield lambda: linear(x, weight, out=out, backend="triton"), out
-    yield lambda: linear(x, weight, activation="swiglu", out=half, backend="triton"), half
-    yield lambda: linear_gate_residual(x, weight, None, residual, out=residual, backend="triton"), residual
-
-
-def edm_step_writes():
-    x, f, out, doubled = torch.randn(2, 7, 5), torch.randn(2, 7, 5), torch.empty(2, 7, 5), torch.empty(4, 7, 5)
-    options = {"seeds": edm_step.seeds_tensor([1, 2]), "out": out, "backend": "triton"}
-    five = edm_step.coefficients(0.5, 0.5, 0.0, noise=1.0)
-    yield lambda: edm_step.edm_step(x, f, five, input_out=doubled, **options), out, doubled
+    x, weight, out = torch.randn(2, 37, 48), torch.randn(80, 48), torch.empty(2, 37, 80)
+    for target in (out, strided(out)):
+        yield lambda y=target: linear(x, weight, activation="gelu_tanh", out=y, backend="triton"), target
 
 
 def normal_writes():
-    seeds, out = edm_step.seeds_tensor([1, 2]), torch.empty(2, 401, 5)
-    yield lambda: edm_step.normal(seeds, (401, 5), out=out, backend="triton"), out
+    seeds, out = sampler_step.seeds_tensor([1, 2]), torch.empty(2, 401, 5)
+    yield lambda: sampler_step.normal(seeds, (401, 5), out=out, backend="triton"), out
 
 
-def trajectory_step_writes():
-    x, f, update = torch.randn(2, 7, 5), torch.randn(2, 7, 5), torch.randn(9)
-    history, doubled, seeds = torch.zeros(2, 7, 5), torch.empty(4, 7, 5), edm_step.seeds_tensor([1, 2])
-    options = {"seeds": seeds, "stream": 1, "network_input": doubled, "copies": 2, "backend": "triton"}
-    yield lambda: edm_step.trajectory_step(x, history, f, update, unconditional=f, **options), x, history, doubled
+def sampler_step_writes():
+    x, f, coefficients = torch.randn(2, 7, 5), torch.randn(2, 7, 5), torch.randn(9)
+    history, doubled = torch.zeros(2, 7, 5), torch.empty(4, 7, 5)
+    noise = sampler_step.NoiseStream(sampler_step.seeds_tensor([1, 2]), 1)
+    options = {"unconditional": f, "noise": noise, "network_input": doubled, "copies": 2, "backend": "triton"}
+    yield lambda: sampler_step.sampler_step(x, history, f, coefficients, **options), x, history, doubled
 
 
 def spsi_peaks_writes():
@@ -109,21 +101,9 @@ def spsi_phasor_writes():
     yield lambda: runtime.launch(spsi.spsi_phasor_kernel, (1,), turns, out, 54, 9, BLOCK=64), out
 
 
-def spectrum_writes():
-    for kind in istft_head.KINDS:
-        head = torch.randn(2, 7, 402)
-        yield (lambda h=head, k=kind: torch.view_as_real(istft_head.spectrum(h, kind=k, backend="triton")),)
-
-
-def overlap_add_writes():
-    frames, out = torch.randn(2, 7, 480), torch.empty(2, 1050)
-    options = {"padding": "same", "out": out, "backend": "triton"}
-    yield lambda: istft_head.overlap_add(frames, torch.ones(480), 150, **options), out
-
-
 def pcm_writes():
     samples, out = torch.randn(2, 2, 611), torch.empty(2, 611, 2, dtype=torch.int16)
-    yield lambda: pcm(samples, edm_step.seeds_tensor([1, 2]), out=out, backend="triton"), out
+    yield lambda: pcm(samples, sampler_step.seeds_tensor([1, 2]), out=out, backend="triton"), out
 
 
 def conv_writes():
@@ -137,15 +117,14 @@ def conv_writes():
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_docstring_says_which_program_writes_what(name):
-    doc = KERNELS[name].fn.__doc__
-    assert doc.startswith("Who writes what: program "), doc
-    assert "_ptr" in doc, f"{name} does not name its outputs"
+def test_kernel_docstring_names_program_and_outputs(name):
+    _, _, writes = KERNELS[name].fn.__doc__.partition("Writes: program ")
+    assert "_ptr" in writes, f"{name}'s docstring does not say which program writes which output"
 
 
 @interpreted_only
 @pytest.mark.parametrize("name", KERNELS)
-def test_every_element_is_written_once(name):
-    """A kernel without its `..._writes` above fails here."""
+def test_kernel_writes_every_element_once(name):
+    """Needs a generator `NAME_writes` above for every kernel `NAME_kernel`."""
     for call, *outputs in globals()[name.replace("_kernel", "_writes")]():
         assert_written_once(call, *outputs)

@@ -1,4 +1,4 @@
-"""Shared by the kernel tests: the error rule, poisoned outputs, and a count of how often each element is written."""
+"""Helpers of the kernel tests: the error rule, poisoned outputs, and a count of the writes to each element."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# relative root-mean-square error that is rounding of the result alone, for results that torch happens to get exactly
+# Relative root-mean-square error of rounding the result once, for results that eager torch happens to get exactly.
 ROUNDING = {torch.float32: 2e-7, torch.float16: 3e-4, torch.bfloat16: 2.5e-3, torch.float8_e4m3fn: 3e-2}
 
 
+def rotary_table(
+    tokens: int, dims: int, device: torch.device | str = "cpu", theta: float = 10_000.0
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the rotary angles, each (tokens, dims / 2) fp32, computed in fp64."""
+    frequencies = theta ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angles = torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
 def error(result: Tensor, truth: Tensor) -> float:
-    """Root-mean-square error of `result` relative to `truth` (fp64)."""
+    """Return the root-mean-square error of `result` relative to `truth` (fp64)."""
     result, truth = result.detach().double().cpu(), truth.detach().double().cpu()
     assert result.shape == truth.shape, f"shape {tuple(result.shape)}, expected {tuple(truth.shape)}"
     assert torch.isfinite(result).all(), (
@@ -26,21 +35,19 @@ def error(result: Tensor, truth: Tensor) -> float:
     return float((result - truth).square().mean().sqrt() / truth.square().mean().sqrt().clamp_min(1e-30))
 
 
-def assert_no_worse(result: Tensor, plain: Tensor, truth: Tensor) -> None:
-    """The rule of all kernel tests: error at most twice that of plain torch in the same dtype, or half a rounding
-    step.
-    """
-    ours, theirs = error(result, truth), error(plain, truth)
-    assert ours <= max(2 * theirs, ROUNDING[result.dtype]), f"error {ours:.3g}, plain torch has {theirs:.3g}"
+def assert_no_worse(result: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """Require an error of at most twice eager torch's in the same dtype, or of half a rounding step."""
+    ours, theirs = error(result, truth), error(eager, truth)
+    assert ours <= max(2 * theirs, ROUNDING[result.dtype]), f"error {ours:.3g}, eager torch has {theirs:.3g}"
 
 
 def poisoned(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
-    """An output full of NaN: what is not written shows."""
+    """Return an output full of NaN, so that elements that are not written fail the comparison."""
     return torch.full(shape, float("nan"), dtype=torch.float32, device=device).to(dtype)
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """The same values with gaps between the rows of the last dimension."""
+    """Return the same values with gaps of NaN between the rows of the last dimension."""
     wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 8), float("nan"), device=tensor.device).to(tensor.dtype)
     wide[..., 3 : 3 + tensor.shape[-1]] = tensor
     return wide[..., 3 : 3 + tensor.shape[-1]]
@@ -48,7 +55,7 @@ def strided(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def counted_writes() -> Iterator[Counter[int]]:
-    """Counts stores per address in the interpreter (which runs programs one after another and so hides races)."""
+    """Count stores per address in the interpreter, which runs programs sequentially and so hides races."""
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
@@ -70,7 +77,7 @@ def counted_writes() -> Iterator[Counter[int]]:
 
 
 def assert_written_once(call: Callable[[], Any], *outputs: Tensor) -> None:
-    """`call` writes every element of `outputs` (of its result where none are given) exactly once, and nothing else."""
+    """Require that `call` writes every element of `outputs` (default: of its result) exactly once, and nothing else."""
     with counted_writes() as counts:
         result = call()
     outputs = outputs or (result,)
@@ -86,5 +93,7 @@ def assert_written_once(call: Callable[[], Any], *outputs: Tensor) -> None:
     assert max(counts.values()) == 1, f"{sum(n > 1 for n in counts.values())} elements written more than once"
 
 
-interpreted_only = pytest.mark.skipif("not __import__('presto_rt.kernels.runtime', fromlist=['x']).interpreting",
-                                      reason="counts stores inside the interpreter")  # fmt: skip
+interpreted_only = pytest.mark.skipif(
+    "not __import__('presto_rt.kernels.runtime', fromlist=['x']).interpreting",
+    reason="counts stores inside the interpreter",
+)

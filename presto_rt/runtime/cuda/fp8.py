@@ -98,10 +98,12 @@ class RangeObserver(CudaOps):
         elif product is not None and self.scales is not None:
             scale = self.scales[id(weights)]
             rounded = gemm.linear(
-                runtime.narrow(x.float() / scale, FP8), product.rounded.weight, x_scale=scale,
-                weight_scale=product.rounded.weight_scale, out_dtype=torch.float32,
+                runtime.saturating_cast(x.float() / scale, FP8),
+                product.rounded.weight,
+                scales=gemm.Fp8Scales(scale, product.rounded.weight_scale),
+                out_dtype=torch.float32,
                 backend="auto" if x.is_cuda else "torch",
-            )  # fmt: skip
+            )
             exact = torch.nn.functional.linear(x, weights.weight).float()
             product.squared_error = product.squared_error + (rounded - exact).square().sum()
             product.squared_result = product.squared_result + exact.square().sum()

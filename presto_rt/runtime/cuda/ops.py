@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailableError, InvalidInputError
-from ...kernels import adaln, attention, cross_attention, edm_step, gemm, qk_norm_rope, runtime, spsi
-from ...kernels.choice import Choice
+from ...kernels import adaln, attention, cross_attention, gemm, qk_norm_rope, runtime, sampler_step, spsi
+from ...kernels.autotune import KernelSelector
 from ...models import spectral
 from ..eager.ops import DenseWeights, ReferenceOps
 from ..ops import Modulation, SamplerBuffers, Seeds
@@ -26,7 +26,7 @@ from ..spec import NetworkSpec
 #: Operators that can run as plain torch instead, which shows what a fused one saves.
 OPERATORS = ("adaln", "qk_norm_rope", "attention", "cross_attention", "gemm", "sampler_step")
 FP8 = torch.float8_e4m3fn
-products = Choice("product")
+products = KernelSelector("product")
 
 
 def unsupported_reason(spec: NetworkSpec, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -88,7 +88,7 @@ class CudaOps(ReferenceOps):
         """Return the product in fp8, for inputs within 448 times `input_scale`; one weight scale for each output."""
         wide = weights.weight.float()
         scale = (wide.abs().amax(1) / runtime.fp8_limit(FP8)).clamp_min(1e-12)
-        return CudaLinear(runtime.narrow(wide / scale[:, None], FP8), weights.bias, input_scale, scale)
+        return CudaLinear(runtime.saturating_cast(wide / scale[:, None], FP8), weights.bias, input_scale, scale)
 
     def linear(
         self,
@@ -103,9 +103,14 @@ class CudaOps(ReferenceOps):
         if weights.input_scale is not None or out_scale is not None:
             weight_scale = weights.weight_scale if isinstance(weights, CudaLinear) else None
             return gemm.linear(
-                x, weights.weight, weights.bias, activation=activation, x_scale=weights.input_scale or 1.0,
-                weight_scale=weight_scale, out_scale=out_scale or 1.0, out=out, backend=self.backend,
-            )  # fmt: skip
+                x,
+                weights.weight,
+                weights.bias,
+                activation=activation,
+                scales=gemm.Fp8Scales(weights.input_scale or 1.0, weight_scale, out_scale or 1.0),
+                out=out,
+                backend=self.backend,
+            )
         fused = activation in ("none", "gelu_tanh")
         if not fused or not runtime.use_triton(x, self.backend):
             return super().linear(x, weights, out, activation)
@@ -165,11 +170,19 @@ class CudaOps(ReferenceOps):
             super().adaln(source, branch, modulation, residual, out, eps)
             return
         clips, rows, width = modulation.table.shape
-        adaln.gate_residual_norm_modulate(
-            source, branch, modulation.table.view(-1, width), gate=modulation.gate, shift=modulation.shift,
-            scale=modulation.scale, base=self._row_base(clips, rows), eps=eps, out_scale=out_scale or 1.0,
-            residual_out=residual, out=out, backend=self.backend,
-        )  # fmt: skip
+        rows_of_clips = modulation.table.view(-1, width)
+        adaln.adaln(
+            source,
+            branch,
+            adaln.Modulation(
+                rows_of_clips, self._row_base(clips, rows), modulation.gate, modulation.shift, modulation.scale
+            ),
+            norm=adaln.Norm(eps=eps),
+            out_scale=out_scale or 1.0,
+            residual_out=residual,
+            out=out,
+            backend=self.backend,
+        )
 
     def _row_base(self, clips: int, rows: int) -> Tensor:
         """First row of each clip in the flattened table; created once, before any capture."""
@@ -189,10 +202,11 @@ class CudaOps(ReferenceOps):
         """See `Ops.qk_norm_rope`."""
         if "qk_norm_rope" in self.unfused:
             return super().qk_norm_rope(qkv, angles, weights, q, k, eps)
+        norm = qk_norm_rope.QKNorm("rms", eps, *weights)
+        rotary = qk_norm_rope.Rotary(*angles)
         _, _, v = qk_norm_rope.qk_norm_rope(
-            qkv, q.shape[1], *angles, q_weight=weights[0], k_weight=weights[1], eps=eps, q_out=q, k_out=k,
-            backend=self.backend,
-        )  # fmt: skip
+            qkv, q.shape[1], rotary, norm=norm, q_out=q, k_out=k, backend=self.backend
+        )
         return v
 
     def attention(
@@ -226,12 +240,12 @@ class CudaOps(ReferenceOps):
     # ---- noise, sampler steps, phases
 
     def _device_seeds(self, seeds: Seeds) -> Tensor:
-        return seeds if isinstance(seeds, Tensor) else edm_step.seeds_tensor(list(seeds), self.device)
+        return seeds if isinstance(seeds, Tensor) else sampler_step.seeds_tensor(list(seeds), self.device)
 
     def normal(self, seeds: Seeds, stream: int, out: Tensor) -> Tensor:
         """See `Ops.normal`."""
         shape = tuple(out.shape[1:])
-        return edm_step.normal(self._device_seeds(seeds), shape, stream=stream, out=out, backend=self.backend)
+        return sampler_step.normal(self._device_seeds(seeds), shape, stream=stream, out=out, backend=self.backend)
 
     def sampler_step(
         self,
@@ -246,13 +260,21 @@ class CudaOps(ReferenceOps):
         if "sampler_step" in self.unfused:
             super().sampler_step(buffers, conditional, unconditional, seeds, call, edit)
             return
-        kept = edit if call.step else None
-        edm_step.trajectory_step(
-            buffers.x, buffers.history, conditional, call.coefficients, network_input=buffers.network_input,
-            unconditional=unconditional, seeds=self._device_seeds(seeds), stream=call.noise_stream,
-            copies=call.next_copies, init=None if kept is None else kept.init, keep=None if kept is None else kept.keep,
-            after=None if kept is None else call.next_sigma, backend=self.backend,
-        )  # fmt: skip
+        inpainting = None
+        if edit is not None and call.step:
+            inpainting = sampler_step.Inpainting(edit.init, edit.keep, call.next_sigma)
+        sampler_step.sampler_step(
+            buffers.x,
+            buffers.history,
+            conditional,
+            call.coefficients,
+            network_input=buffers.network_input,
+            copies=call.next_copies,
+            unconditional=unconditional,
+            noise=sampler_step.NoiseStream(self._device_seeds(seeds), call.noise_stream),
+            inpainting=inpainting,
+            backend=self.backend,
+        )
 
     def phases(self, magnitude: Tensor) -> Tensor:
         """Return unit phasors of magnitudes (channels, frames, bins) by single-pass spectrogram inversion."""

@@ -83,10 +83,10 @@ class EagerBackend:
         """Return a function from a stream to the clips' noise (B, T, C) fp32."""
         shape = (job.frames, self.channels)
         if self.device.type == "cuda":  # one kernel; torch's operators would take hundreds
-            from ...kernels import edm_step
+            from ...kernels import sampler_step
 
-            seeds = edm_step.seeds_tensor(list(job.seeds), self.device)
-            return lambda stream: edm_step.normal(seeds, shape, stream=stream)
+            seeds = sampler_step.seeds_tensor(list(job.seeds), self.device)
+            return lambda stream: sampler_step.normal(seeds, shape, stream=stream)
         return lambda stream: torch.stack(
             [noise.normal(seed, shape, stream=stream, device=self.device) for seed in job.seeds]
         )
