@@ -51,7 +51,7 @@ def pcm_kernel(
 
 def pcm_reference(samples: Tensor, seeds: Tensor | None = None) -> Tensor:
     """`pcm` by the package's own conversion, clip by clip."""
-    from presto_rt.audio.pcm import to_pcm
+    from ..audio.pcm import to_pcm
 
     numbers = [0] * samples.shape[0] if seeds is None else [seed % 2**64 for seed in seeds.tolist()]
     clips = [to_pcm(clip, 16, dither=seeds is not None, seed=n) for clip, n in zip(samples, numbers, strict=True)]

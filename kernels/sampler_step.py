@@ -143,7 +143,7 @@ def seeds_tensor(seeds: Sequence[int], device: torch.device | str = "cpu") -> Te
 
 def normal_reference(seeds: Tensor, shape: Sequence[int], *, stream: int = 0) -> Tensor:
     """Compute `normal` by `presto_rt.diffusion.noise`, clip by clip."""
-    from presto_rt.diffusion.noise import normal as package_normal
+    from ..diffusion.noise import normal as package_normal
 
     shape, device = tuple(shape), seeds.device
     return torch.stack([package_normal(seed % 2**64, shape, stream=stream, device=device) for seed in seeds.tolist()])
