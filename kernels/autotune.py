@@ -75,7 +75,7 @@ def milliseconds(call: Callable[[], Any], repeats: int = 7, calls: int = 10) -> 
     """
     for _ in range(3):
         call()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(6_000_000)  # about 3 ms, in which ten calls of many small launches are queued

@@ -1,12 +1,11 @@
-"""Two faults of Triton's interpreter put right, so that its numbers are those of the hardware. Touches nothing unless
-interpreting.
+"""Repairs of two faults of Triton's interpreter, so that its numbers equal the hardware's.
 
-1. Conversions to bf16 truncate, and those to fp8 lose a carry of the mantissa. Here they go through torch: round to
-   nearest, ties to even, as `cvt.rn` does.
+1. Conversions to bf16 truncate, and conversions to fp8 lose a carry of the mantissa. Here they go through torch: round
+   to nearest, ties to even, as `cvt.rn` does.
 2. Triton 3.6 calls int() on one-element arrays, which numpy >= 2.4 refuses: `for k in range(0, K, BLOCK)` would raise.
 
-Matrix products of bf16 stay wrong there on purpose of nobody: `runtime.dot` lifts its operands to fp32 first, and a
-test holds that.
+A third fault stays: matrix products of bf16 and fp8 multiply raw bits. `runtime.dot` converts its operands to fp32
+first, and the kernel tests fail for any kernel that does not use it. Nothing is patched unless kernels are interpreted.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import torch
 
 
 def repair() -> None:
-    """Patch the loaded Triton's interpreter; calling it twice does no harm."""
-    interpreter = importlib.import_module("triton.runtime.interpreter")
+    """Patch the loaded Triton's interpreter; a second call does nothing."""
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     if getattr(interpreter, "_presto_rt_repaired", False):
         return
     _round_to_nearest(interpreter)

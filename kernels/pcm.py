@@ -1,10 +1,12 @@
-"""Samples to 16-bit integers: clamp, dither, interleave.
+"""Samples to dithered, interleaved 16-bit integers.
 
     n = clamp(round(x 2^15 + d), -2^15, 2^15 - 1)
 
-ties to even, NaN taken for silence, d triangular in (-1, 1) (Lipshitz, Wannamaker & Vanderkooy 1992): element i of a
-clip's interleaved output takes word w of its Philox stream, d = ((w mod 2^16) - (w div 2^16)) / 2^16. To the bit what
-presto_rt.audio.pcm.to_pcm gives for the same seed.
+Ties round to even and NaN becomes 0. d is triangular noise in (-1, 1): element i of a clip's interleaved output takes
+word w of the clip's Philox stream, d = ((w mod 2^16) - (w div 2^16)) / 2^16. The integers are bitwise equal to those of
+presto_rt.audio.pcm.to_pcm for the same seed.
+
+Source: Lipshitz, Wannamaker & Vanderkooy 1992, dither.
 """
 
 from __future__ import annotations
@@ -16,41 +18,51 @@ import torch
 from torch import Tensor
 
 from . import runtime
-from .checks import check, check_same_device, check_shape, check_tensor
+from .checks import check_contiguous, check_same_device, check_shape, check_tensor, check_vector
 from .philox import UNFUSED, interleave, words
 from .registration import register_operator
-from .runtime import jit, tl
+from .runtime import jit, meta, tl
 
 BLOCK = 1024
-DITHER_STREAM = 0xD17  # presto_rt.audio.pcm's; a test compares
+DITHER_STREAM = 0xD17  # of presto_rt.audio.pcm; a test compares them
 
 
 @jit
-def pcm_kernel(
-    samples_ptr, seed_ptr, out_ptr, channels, frames, samples_batch, samples_channel,
-    BLOCK: tl.constexpr, STREAM: tl.constexpr,
-):  # fmt: skip
-    """Writes: program (i, b) writes elements i*BLOCK ... of clip b, interleaved, in out_ptr."""
-    batch = tl.program_id(1).to(tl.int64)
+def pcm_kernel(  # type: ignore[no-untyped-def]
+    samples_ptr,
+    seed_ptr,
+    out_ptr,
+    channels,
+    frames,
+    stride_sb,
+    stride_sc,
+    BLOCK: tl.constexpr,
+    STREAM: tl.constexpr,
+):
+    """Convert BLOCK samples of one clip.
+
+    Writes: program (i, b) writes elements i*BLOCK ... of clip b, interleaved, in out_ptr.
+    """
+    pid_b = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    element = start + tl.arange(0, BLOCK)
-    inside = element < (batch * 0 + frames) * channels
-    channel, frame = element % channels, element // channels
-    x = tl.load(samples_ptr + batch * samples_batch + channel * samples_channel + frame, mask=inside, other=0.0)
+    offs = start + tl.arange(0, BLOCK)
+    mask = offs < (pid_b * 0 + frames) * channels
+    channel, frame = offs % channels, offs // channels
+    x = tl.load(samples_ptr + pid_b * stride_sb + channel * stride_sc + frame, mask=mask, other=0.0)
     x = tl.where(x == x, x, 0.0) * 32768.0
     if seed_ptr is not None:
-        block = start // 4 + tl.arange(0, BLOCK // 4)
-        w0, w1, w2, w3 = words(tl.load(seed_ptr + batch), block, tl.full((), STREAM, tl.int64))
+        counter = start // 4 + tl.arange(0, BLOCK // 4)
+        w0, w1, w2, w3 = words(tl.load(seed_ptr + pid_b), counter, tl.full((), STREAM, tl.int64))
         word = interleave(w0, w1, w2, w3)
         x += ((word & 0xFFFF).to(tl.int32) - (word >> 16).to(tl.int32)).to(tl.float32) * 1.52587890625e-05
     x = tl.minimum(tl.maximum(x, -32769.0), 32768.0)
-    x = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: below it fp32 has no bits left for fractions, so the sum rounds
+    x = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: there fp32 has no fraction bits, so the sum rounds to even
     x = tl.minimum(tl.maximum(x, -32768.0), 32767.0)
-    tl.store(out_ptr + batch * frames * channels + element, x.to(tl.int16), mask=inside)
+    tl.store(out_ptr + pid_b * frames * channels + offs, x.to(tl.int16), mask=mask)
 
 
 def pcm_reference(samples: Tensor, seeds: Tensor | None = None) -> Tensor:
-    """`pcm` by the package's own conversion, clip by clip."""
+    """Compute `pcm` by `presto_rt.audio.pcm`, clip by clip."""
     from ..audio.pcm import to_pcm
 
     numbers = [0] * samples.shape[0] if seeds is None else [seed % 2**64 for seed in seeds.tolist()]
@@ -59,19 +71,28 @@ def pcm_reference(samples: Tensor, seeds: Tensor | None = None) -> Tensor:
 
 
 def pcm(samples: Tensor, seeds: Tensor | None = None, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
-    """(B, frames, channels) int16 from samples (B, channels, frames) fp32 in [-1, 1], any strides over B and channels.
+    """Return samples as interleaved 16-bit integers.
 
-    seeds (B,) int64: dither; None: none. Raises InvalidInputError for anything that does not fit.
+    Args:
+        samples: (B, channels, frames) fp32 in [-1, 1], any strides over B and channels; values beyond are clamped.
+        seeds: (B,) int64, the seeds of the dither; None: no dither.
+        out: (B, frames, channels) int16, contiguous. None: a new tensor.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        (B, frames, channels) int16.
+
+    Raises:
+        InvalidInputError: shapes or dtypes that do not fit.
+        BackendUnavailableError: the backend is not available on this device.
     """
     check_tensor("samples", samples, 3, (torch.float32,))
     batch, channels, frames = samples.shape
-    if seeds is not None:
-        check_tensor("seeds", seeds, 1, (torch.int64,))
-        check_shape("seeds", seeds, (batch,))
+    check_vector("seeds", seeds, batch, torch.int64)
     out = torch.empty(batch, frames, channels, dtype=torch.int16, device=samples.device) if out is None else out
     check_tensor("out", out, 3, (torch.int16,))
     check_shape("out", out, (batch, frames, channels))
-    check(out.is_contiguous(), "out is not contiguous; call .contiguous()")
+    check_contiguous(out=out)
     check_same_device(samples=samples, seeds=seeds, out=out)
     if not runtime.use_triton(samples, backend):
         return out.copy_(pcm_reference(samples, seeds))
@@ -84,10 +105,9 @@ def pcm(samples: Tensor, seeds: Tensor | None = None, *, out: Tensor | None = No
 
 
 def shipped(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Name and call, on meta tensors, of every configuration that `report` compiles: 32 s of stereo."""
-    samples = torch.empty(1, 2, 32 * 44_100, device="meta")
-    seeds = torch.empty(1, dtype=torch.int64, device="meta")
-    yield "stereo dithered", partial(pcm, samples, seeds)
+    """Yield name and call, on meta tensors, of every configuration that `report` compiles: 32 s of stereo."""
+    samples = meta(1, 2, 32 * 44_100, dtype=torch.float32)
+    yield "stereo dithered", partial(pcm, samples, meta(1, dtype=torch.int64))
     yield "stereo", partial(pcm, samples)
 
 

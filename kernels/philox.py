@@ -1,9 +1,10 @@
-"""Counter-based noise inside kernels, to the bit the noise of `presto_rt.diffusion.noise`, whose docstring gives every
-operation in order.
+"""Counter-based normal noise inside kernels, bitwise equal to `presto_rt.diffusion.noise`.
 
-A block of four elements b = i // 4 of a stream has the Philox4x32-10 counter (b mod 2^32, b div 2^32, stream, 0)
-under the 64-bit seed (Salmon et al. 2011). Kernels that call `normals` are launched with UNFUSED: one fused multiply-
-add would change bits.
+The docstring of `presto_rt.diffusion.noise` lists every operation in order. Elements 4b ... 4b + 3 of a stream take the
+four words of Philox4x32-10 with the counter (b mod 2^32, b div 2^32, stream, 0) and the 64-bit seed as key. Kernels
+that call `normals` are launched with UNFUSED, since one fused multiply-add would change bits.
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
 
 from __future__ import annotations
@@ -12,27 +13,27 @@ from typing import Any
 
 from .runtime import jit, tl
 
-#: launch options for kernels whose fp32 operations must each be rounded
+#: Launch options of kernels in which every fp32 operation must round on its own.
 UNFUSED: dict[str, Any] = {"enable_fp_fusion": False}
 
 
 @jit
-def words(seed, block, stream):
-    """Four uint32 words for each block index (int64) of a stream under a 64-bit seed."""
+def words(seed, block, stream):  # type: ignore[no-untyped-def]
+    """Return four uint32 words for each block index (int64) of a stream under a 64-bit seed."""
     low = (block & 0xFFFFFFFF).to(tl.uint32)
     high = (block >> 32).to(tl.uint32)
     return tl.philox(seed, low, high, low * 0 + stream.to(tl.uint32), low * 0)
 
 
 @jit
-def interleave(a, b, c, d):
-    """a0 b0 c0 d0 a1 b1 c1 d1 ..."""
+def interleave(a, b, c, d):  # type: ignore[no-untyped-def]
+    """Return a0 b0 c0 d0 a1 b1 c1 d1 ..."""
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (a.shape[0] * 4,))
 
 
 @jit
-def box_muller(radius_word, angle_word):
-    """Two normals from two words."""
+def box_muller(radius_word, angle_word):  # type: ignore[no-untyped-def]
+    """Return two standard normals from two uint32 words (Box & Muller 1958)."""
     u = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2^-32, 2^-33
     bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
@@ -67,8 +68,8 @@ def box_muller(radius_word, angle_word):
 
 
 @jit
-def normals(seed, block, stream):
-    """Standard normals of elements 4 * block ... 4 * block + 3, in that order: four for each block index."""
+def normals(seed, block, stream):  # type: ignore[no-untyped-def]
+    """Return the standard normals of elements 4 * block ... 4 * block + 3, in that order, for each block index."""
     w0, w1, w2, w3 = words(seed, block, stream)
     n0, n1 = box_muller(w0, w1)
     n2, n3 = box_muller(w2, w3)

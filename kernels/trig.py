@@ -1,5 +1,6 @@
-"""Sine and cosine inside kernels. `tl.sin` keeps a slow path for huge arguments, which costs every thread a local-
-memory stack.
+"""Sine and cosine inside kernels, by range reduction and polynomials.
+
+`tl.sin` has a slow path for huge arguments, which costs every thread a stack in local memory.
 """
 
 from __future__ import annotations
@@ -8,17 +9,16 @@ from .runtime import jit, tl
 
 
 @jit
-def nearest(x):
-    """x rounded to an integer, as fp32; |x| < 2^22. Above 2^23 fp32 has no bits left for fractions, so the sum
-    rounds.
-    """
+def nearest(x):  # type: ignore[no-untyped-def]
+    """Round x to an integer, as fp32, for |x| < 2^22: above 2^23 fp32 has no fraction bits, so the sum rounds."""
     return (x + 12582912.0) - 12582912.0
 
 
 @jit
-def sin_cos(x):
-    """(sin x, cos x) in fp32 to 2e-7 for |x| < 6000: x less the nearest multiple of pi/2 (in three parts), then two
-    polynomials.
+def sin_cos(x):  # type: ignore[no-untyped-def]
+    """Return (sin x, cos x) in fp32 with an absolute error below 3e-7 for |x| < 6000.
+
+    The nearest multiple of pi/2 is subtracted in three parts; two polynomials evaluate the rest.
     """
     k = nearest(x * 0.6366197723675814)
     r = ((x - k * 1.5703125) - k * 4.837512969970703e-4) - k * 7.549789948768648e-8
@@ -32,8 +32,8 @@ def sin_cos(x):
 
 
 @jit
-def sin_squared(x):
-    """sin(x)^2 in fp32 to 2e-7 for |x| < 6000; it has the period pi."""
+def sin_squared(x):  # type: ignore[no-untyped-def]
+    """Return sin(x)^2, period pi, in fp32 with an absolute error below 3e-7 for |x| < 6000."""
     k = nearest(x * 0.3183098861837907)
     r = ((x - k * 3.140625) - k * 9.675025939941406e-4) - k * 1.5099579897537296e-7
     s = r * r

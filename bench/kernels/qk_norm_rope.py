@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
-from presto_rt.kernels.qk_norm_rope import qk_norm_rope
+from presto_rt.kernels.qk_norm_rope import QKNorm, Rotary, qk_norm_rope
 from presto_rt.models.dit import rotary_table
 
 
@@ -18,7 +18,9 @@ def cases(device: str, preset: str) -> Iterator[Case]:
     s = shapes(preset, device)
     dim = s.head_dim
     cos, sin = rotary_table(s.tokens, dim, device)
+    rotary = Rotary(cos, sin)
     weight = s.randn(dim, dtype=torch.float32)
+    norm = QKNorm(q_weight=weight, k_weight=weight)
     weight16, wide16 = weight.bfloat16(), weight.bfloat16().repeat(s.heads)
 
     def turn(x: torch.Tensor) -> torch.Tensor:
@@ -30,7 +32,7 @@ def cases(device: str, preset: str) -> Iterator[Case]:
         return turn(q), turn(k), v
 
     def presto(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return qk_norm_rope(qkv, s.heads, cos, sin, q_weight=weight, k_weight=weight)
+        return qk_norm_rope(qkv, s.heads, rotary, norm=norm)
 
     def flashinfer(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Its norm runs across all heads and it copies V: the same reads, a third more writes."""

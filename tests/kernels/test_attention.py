@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from presto_rt.errors import BackendUnavailableError, InvalidInputError, MissingDependencyError
 from presto_rt.kernels import attention as op
-from presto_rt.kernels.attention import attention, attention_reference, visible
+from presto_rt.kernels.attention import AttentionMask, attention, attention_reference
 from tests.support.kernels import assert_no_worse, poisoned
 
 # batch, heads, queries, keys, head dim; key lengths; window
@@ -39,7 +39,7 @@ def test_against_fp64(device, shape, lengths, window, dtype):
     lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=device)
     out = poisoned(q.shape[0], q.shape[2], q.shape[1], q.shape[3], dtype=dtype, device=device).transpose(1, 2)
     attention(q, k, v, key_lengths=lengths, window=window, out=out, backend="triton")
-    mask = visible(q.shape[2], k.shape[2], lengths, window, q.device)
+    mask = AttentionMask(lengths, window).dense(q.shape[2], k.shape[2], q.device)
     truth = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
     eager = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     assert_no_worse(out, eager, truth)

@@ -47,8 +47,8 @@ def qk_norm_rope_writes():
     qkv = torch.randn(2, 19, 3 * 2 * 64)
     q, k = torch.empty(2, 2, 19, 64), torch.empty(2, 19, 2, 64).transpose(1, 2)
     for turned, pairs in itertools.product((64, 40), qk_norm_rope.PAIRS):
-        angles, options = rotary_table(19, turned), {"pairs": pairs, "backend": "triton"}
-        yield lambda a=angles, o=options: qk_norm_rope.qk_norm_rope(qkv, 2, *a, q_out=q, k_out=k, **o), q, k
+        rotary, options = qk_norm_rope.Rotary(*rotary_table(19, turned), pairs), {"q_out": q, "k_out": k}
+        yield lambda r=rotary, o=options: qk_norm_rope.qk_norm_rope(qkv, 2, r, backend="triton", **o), q, k
 
 
 def attention_writes():
@@ -89,11 +89,11 @@ def spsi_peaks_writes():
     yield lambda: runtime.launch(spsi.spsi_peaks_kernel, (3, 2), *arguments, BLOCK=16), peaks, turns
 
 
-def spsi_follow_writes():
+def spsi_compose_writes():
     shape = (2, 3, 9)
     peaks, turns = torch.zeros(2, *shape, dtype=torch.int16), torch.zeros(2, *shape, dtype=torch.int32)
     arguments = (peaks[0], turns[0], peaks[1], turns[1], 3, 9, 1)
-    yield lambda: runtime.launch(spsi.spsi_follow_kernel, (3, 2), *arguments, BLOCK=16), peaks[1], turns[1]
+    yield lambda: runtime.launch(spsi.spsi_compose_kernel, (3, 2), *arguments, BLOCK=16), peaks[1], turns[1]
 
 
 def spsi_phasor_writes():
