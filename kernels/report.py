@@ -1,12 +1,10 @@
-"""Compiles every shipped configuration ahead of time and prints what it takes: registers, shared memory, spills,
-tensor cores.
+"""Ahead-of-time compilation of every shipped configuration: registers, shared memory, spills, matrix units.
 
     python -m presto_rt.kernels.report [--arch sm_90] [--json] [operator ...]
 
-Needs Triton but no GPU. Each operator names its configurations in `shipped(arch)`; they are called on meta tensors
-inside `runtime.recording`, so what is compiled is what the operator launches. Registers and spills are ptxas's own
-words (`ptxas -v`, the one in Triton's wheel); the tensor-core column is what stands in the PTX: wgmma (Hopper) or mma
-(Ampere).
+Needs Triton but no GPU. Each operator lists its configurations in `shipped(arch)`. They are called on meta tensors
+inside `runtime.recording`, so exactly the launched kernels are compiled. Registers and spills come from `ptxas -v` of
+Triton's wheel. The matrix column is the instruction found in the PTX: wgmma (Hopper) or mma (Ampere).
 """
 
 from __future__ import annotations
@@ -29,17 +27,27 @@ from presto_rt.errors import BackendUnavailableError, InvalidInputError, Missing
 
 from . import OPERATORS, runtime
 
-#: shared memory that one block may take, in bytes (CUDA C++ programming guide, table of compute capabilities)
+#: Shared memory per block in bytes (CUDA C++ programming guide, table of compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-_SCALARS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv",
-torch.int16: "i16",
-            torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.float64: "fp64"}  # fmt: skip
+_SCALARS = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.float64: "fp64",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Resources of one compiled kernel. registers per thread; shared, stack, spills in bytes; matrix: "wgmma",
-    "mma" or "-".
+    """Resources of one compiled kernel.
+
+    registers: per thread. shared, stack, spills: bytes. matrix: "wgmma", "mma" or "-". fits: no spills, and the shared
+    memory is within the architecture's limit.
     """
 
     operator: str
@@ -57,7 +65,10 @@ class Row:
 
 
 def configurations(arch: int, operators: Sequence[str] = OPERATORS) -> Iterator[tuple[str, str, runtime.Launch]]:
-    """(operator, configuration, launch) of every kernel that ships for `arch`."""
+    """Yield (operator, configuration, launch) of every kernel that ships for `arch`.
+
+    Raises InvalidInputError for an unknown operator.
+    """
     for operator in operators:
         if operator not in OPERATORS:
             raise InvalidInputError(f"operator {operator!r} is unknown; use one of {', '.join(OPERATORS)}")
@@ -69,18 +80,20 @@ def configurations(arch: int, operators: Sequence[str] = OPERATORS) -> Iterator[
                 yield operator, name, item
 
 
-def specialise(item: runtime.Launch) -> tuple[dict[str, str], dict[Any, Any], dict[tuple[int], list[list[Any]]]]:
-    """Signature, constants and attributes of a recorded launch, as a real launch would have them (1 is a constant, 16
-    divides). Launches that agree in these and in their options run the same binary.
+def specialize(item: runtime.Launch) -> tuple[dict[str, str], dict[Any, Any], dict[tuple[int], list[list[Any]]]]:
+    """Return signature, constants and attributes of a recorded launch, specialized as Triton does at launch.
+
+    Integers equal to 1 become constants and multiples of 16 are marked as such. Launches that agree in these and in
+    their options run the same binary.
     """
     names = item.kernel.arg_names
     varying = {parameter.name for parameter in item.kernel.params if parameter.do_not_specialize}
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
-    given = dict(zip(names, item.arguments, strict=False)) | item.constants
+    values = dict(zip(names, item.arguments, strict=False)) | item.constants
     for index, name in enumerate(names):
-        value = given[name]
+        value = values[name]
         kind = "constexpr" if name in item.constants else _kind(value, name in varying)
         signature[name] = kind
         if kind == "constexpr":
@@ -91,12 +104,12 @@ def specialise(item: runtime.Launch) -> tuple[dict[str, str], dict[Any, Any], di
 
 
 def compile_launch(item: runtime.Launch, arch: int) -> Any:
-    """The compiled kernel of a recorded launch."""
+    """Compile a recorded launch for compute capability `arch`."""
     triton = runtime.triton
     assert triton is not None
     compiler = importlib.import_module("triton.compiler")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", arch, 32)
-    source = compiler.ASTSource(item.kernel, *specialise(item))
+    source = compiler.ASTSource(item.kernel, *specialize(item))
     options = {"num_warps": item.num_warps, "num_stages": item.num_stages, **item.options}
     return triton.compile(source, target=target, options=options)
 
@@ -112,12 +125,12 @@ def _kind(value: Any, varies: bool = False) -> str:
 
 
 def resources(compiled: Any, arch: int) -> dict[str, Any]:
-    """registers, shared, stack, spills, matrix of a compiled kernel."""
+    """Return registers, shared, stack, spills and matrix of a compiled kernel, as in `Row`."""
     ptx = compiled.asm["ptx"]
-    words = _ptxas(ptx, arch, [] if compiled.metadata.enable_fp_fusion else ["--fmad=false"])
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", words))
-    stack = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", words))
-    registers = int(re.search(r"Used (\d+) registers", words)[1])  # type: ignore[index]
+    log = _ptxas(ptx, arch, [] if compiled.metadata.enable_fp_fusion else ["--fmad=false"])
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    stack = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", log))
+    registers = int(_search(r"Used (\d+) registers", log))
     matrix = "wgmma" if "wgmma.mma_async" in ptx else "mma" if re.search(r"\bmma\.sync", ptx) else "-"
     return {
         "registers": registers,
@@ -128,11 +141,22 @@ def resources(compiled: Any, arch: int) -> dict[str, Any]:
     }
 
 
+def _search(pattern: str, text: str) -> str:
+    """Return the first group of the first match, which exists in every output of ptxas and Triton."""
+    match = re.search(pattern, text)
+    assert match is not None, f"no {pattern!r} in: {text[-300:]}"
+    return match[1]
+
+
 def _ptxas(ptx: str, arch: int, flags: list[str]) -> str:
-    """What `ptxas -v` says. Newer Triton writes PTX that only the newer ptxas of its wheel reads, so each is tried."""
-    target = re.search(r"\.target (sm_\w+)", ptx)[1]  # type: ignore[index]
-    tools = Path(runtime.triton.__file__).parent / "backends" / "nvidia" / "bin"  # type: ignore[union-attr, arg-type]
-    said = "no ptxas in Triton's wheel"
+    """Return the log of `ptxas -v`.
+
+    Newer Triton writes PTX that only the newer ptxas of its wheel accepts, so each of the wheel's ptxas is tried.
+    Raises BackendUnavailableError if none assembles it.
+    """
+    target = _search(r"\.target (sm_\w+)", ptx)
+    tools = Path(str(runtime.triton.__file__)).parent / "backends" / "nvidia" / "bin" if runtime.triton else Path()
+    reason = "no ptxas in Triton's wheel"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
@@ -151,15 +175,15 @@ def _ptxas(ptx: str, arch: int, flags: list[str]) -> str:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 return done.stdout + done.stderr
-            said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
-    raise BackendUnavailableError(f"ptxas could not assemble for sm_{arch}: {said}")
+            reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
+    raise BackendUnavailableError(f"ptxas could not assemble for sm_{arch}: {reason}")
 
 
 def rows(arch: int, operators: Sequence[str] = OPERATORS) -> Iterator[Row]:
-    """One Row per shipped kernel; the same kernel is compiled once even where configurations share it."""
+    """Yield one Row per shipped kernel; a kernel that several configurations share is compiled once."""
     seen: dict[Any, dict[str, Any]] = {}
     for operator, name, item in configurations(arch, operators):
-        key = repr((item.kernel.__name__, *specialise(item), item.num_warps, item.num_stages, item.options))
+        key = repr((item.kernel.__name__, *specialize(item), item.num_warps, item.num_stages, item.options))
         if key not in seen:
             seen[key] = resources(compile_launch(item, arch), arch)
         found = seen[key]
@@ -168,7 +192,10 @@ def rows(arch: int, operators: Sequence[str] = OPERATORS) -> Iterator[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; returns 1 when a kernel spills or takes more shared memory than the chip has."""
+    """Print the table; return 1 if a kernel spills or exceeds the shared memory, else 0.
+
+    Raises MissingDependencyError without Triton, InvalidInputError if kernels are interpreted in this process.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m presto_rt.kernels.report", description="Resources of every shipped kernel."
     )

@@ -70,9 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def time_all(
-    operators: Sequence[str], device: str, sizes: Sequence[str], passes: Sequence[tuple[bool, str]],
-    tests: dict[str, str], end: float, name: str, dry: bool = False,
-) -> int:  # fmt: skip
+    operators: Sequence[str],
+    device: str,
+    sizes: Sequence[str],
+    passes: Sequence[tuple[bool, str]],
+    tests: dict[str, str],
+    end: float,
+    name: str,
+    dry: bool = False,
+) -> int:
     """Time all operators, print the table, write bench/results/NAME.json as it grows (dry: neither). 1 if any fails.
 
     passes: over all operators, each (their own ways?, mode of torch.compile or "").

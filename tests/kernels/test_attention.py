@@ -1,3 +1,5 @@
+"""attention: the Triton kernel and its backends, with key lengths and windows."""
+
 from __future__ import annotations
 
 import pytest
@@ -25,7 +27,7 @@ CASES = [
 
 
 def tensors(shape, dtype, device):
-    """q, k, v as attention gets them: q and k written by the kernel before, v a strided view of packed QKV."""
+    """Return q, k, v with the strides of the network: q and k contiguous, v a view of packed QKV."""
     batch, heads, tokens, keys, dim = shape
     q = torch.randn(batch, heads, tokens, dim, device=device).to(dtype) * 2
     k = torch.randn(batch, heads, keys, dim, device=device).to(dtype)
@@ -34,7 +36,7 @@ def tensors(shape, dtype, device):
 
 
 @pytest.mark.parametrize(("shape", "lengths", "window", "dtype"), CASES)
-def test_against_fp64(device, shape, lengths, window, dtype):
+def test_attention_is_no_worse_than_sdpa_against_fp64(device, shape, lengths, window, dtype):
     q, k, v = tensors(shape, dtype, device)
     lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=device)
     out = poisoned(q.shape[0], q.shape[2], q.shape[1], q.shape[3], dtype=dtype, device=device).transpose(1, 2)
@@ -45,7 +47,7 @@ def test_against_fp64(device, shape, lengths, window, dtype):
     assert_no_worse(out, eager, truth)
 
 
-def test_large_scores_do_not_overflow(device):
+def test_attention_does_not_overflow_on_large_scores(device):
     q, k, v = tensors((1, 1, 20, 40, 64), torch.float16, device)
     q, k = q * 40, k * 40
     truth = attention_reference(q.double(), k.double(), v.double())
@@ -53,7 +55,7 @@ def test_large_scores_do_not_overflow(device):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "sdpa"])
-def test_rows_that_see_nothing_are_zero(device, backend):
+def test_attention_is_zero_in_rows_without_visible_keys(device, backend):
     q, k, v = tensors((2, 1, 40, 40, 64), torch.float32, device)
     lengths = torch.tensor([0, 3], dtype=torch.int32, device=device)
     out = attention(q, k, v, key_lengths=lengths, window=4, backend=backend)
@@ -64,7 +66,7 @@ def test_rows_that_see_nothing_are_zero(device, backend):
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "torch"])
-def test_backends_agree(device, backend):
+def test_attention_backends_agree(device, backend):
     q, k, v = tensors((2, 2, 21, 21, 64), torch.float32, device)
     lengths = torch.tensor([21, 9], dtype=torch.int32, device=device)
     arguments = {"key_lengths": lengths, "window": 6, "scale": 0.3}
@@ -73,7 +75,7 @@ def test_backends_agree(device, backend):
 
 
 @pytest.mark.gpu
-def test_auto_measures_once():
+def test_attention_auto_measures_a_shape_once():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU on this machine")
     q, k, v = tensors((1, 4, 256, 256, 64), torch.bfloat16, "cuda")
@@ -86,7 +88,7 @@ def test_auto_measures_once():
 
 @settings(max_examples=12, deadline=None)
 @given(data=st.data(), batch=st.integers(1, 2), tokens=st.integers(1, 80), dim=st.sampled_from([16, 48, 64]))
-def test_any_mask(data, batch, tokens, dim):
+def test_attention_equals_its_reference_for_any_mask(data, batch, tokens, dim):
     if not op.runtime.interpreting:
         pytest.skip("random shapes would compile one kernel each")
     window = data.draw(st.none() | st.integers(0, 90), "window")
@@ -119,12 +121,12 @@ def test_any_mask(data, batch, tokens, dim):
         ({"backend": "xformers"}, "use 'auto' or one of triton, sdpa"),
     ],
 )
-def test_bad_input(change, message):
+def test_attention_rejects_bad_input(change, message):
     with pytest.raises(InvalidInputError, match=message):
         attention(**({name: torch.randn(1, 2, 4, 64) for name in "qkv"} | change))
 
 
-def test_named_backends_that_cannot():
+def test_attention_rejects_named_backends_that_are_unavailable():
     q, k, v = tensors((1, 1, 4, 4, 64), torch.float32, "cpu")
     with pytest.raises(BackendUnavailableError, match="takes no mask"):
         attention(q, k, v, window=1, backend="sdpa-flash")

@@ -1,4 +1,4 @@
-"""The benchmark's promises: no speed-up while tests are red, and what one operator breaks costs its own rows only."""
+"""bench.kernels: no speed-up while tests fail, and a failing operator loses only its own rows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def row(way, median):
         ({}, "untested"),
     ],
 )
-def test_a_speed_up_needs_green_tests(bench, tests, verdict):
+def test_judge_gives_no_speed_up_unless_tests_are_green(bench, tests, verdict):
     rows = [row("eager", 2e-6), row("presto", 1e-6)]
     bench.judge(rows, tests)
     assert rows[1]["verdict"] == verdict
@@ -48,7 +48,7 @@ def test_a_speed_up_needs_green_tests(bench, tests, verdict):
     assert bench.line(rows[1])[-1] == verdict
 
 
-def test_the_verdict_is_that_of_pytest(bench, monkeypatch, tmp_path):
+def test_run_tests_reports_the_verdict_of_pytest(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "TESTS", tmp_path)
     bodies = {"pcm": "assert True", "adaln": "assert False, 'wrong number'", "gemm": "import pytest; pytest.skip('no')"}
     for operator, body in bodies.items():
@@ -59,10 +59,13 @@ def test_the_verdict_is_that_of_pytest(bench, monkeypatch, tmp_path):
     assert "test_it" in verdicts["test_adaln.py"]  # says which
 
 
-def test_a_run_with_a_red_operator_says_so_and_goes_on(bench, monkeypatch, capsys):
+def test_time_all_reports_a_red_operator_and_continues(bench, monkeypatch, capsys):
     """One operator crashes half-way, another's tests are red: the third is timed, judged and written."""
-    rows = {"adaln": [row("eager", 2e-6)], "gemm": [row("eager", 2e-6), row("presto", 1e-6)],
-            "pcm": [row("eager", 2e-6), row("presto", 1e-6)]}  # fmt: skip
+    rows = {
+        "adaln": [row("eager", 2e-6)],
+        "gemm": [row("eager", 2e-6), row("presto", 1e-6)],
+        "pcm": [row("eager", 2e-6), row("presto", 1e-6)],
+    }
     rows = {operator: [found | {"operator": operator} for found in those] for operator, those in rows.items()}
     broken = {"adaln": "exit status 1: CUDA error: an illegal memory access was encountered"}
 
@@ -85,7 +88,7 @@ def test_a_run_with_a_red_operator_says_so_and_goes_on(bench, monkeypatch, capsy
     assert "FAILED adaln: exit status 1: CUDA error" in printed.err
 
 
-def test_rows_survive_a_crash_and_a_time_limit(bench, monkeypatch, tmp_path):
+def test_collect_keeps_rows_after_a_crash_and_a_time_limit(bench, monkeypatch, tmp_path):
     """The worker's own process, with jobs that end badly."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # it would interpret a second of samples
     job = {"device": "cpu", "presets": ["tiny", "huge"], "own": True, "compile": "", "ceiling": TOP, "seconds": 0}
@@ -96,7 +99,7 @@ def test_rows_survive_a_crash_and_a_time_limit(bench, monkeypatch, tmp_path):
     assert bench.run([sys.executable, "-c", "import time; time.sleep(60)"], 0.5) == (None, "")
 
 
-def test_a_way_that_fails_leaves_the_others(bench, tmp_path):
+def test_time_case_keeps_other_ways_when_one_fails(bench, tmp_path):
     import torch
 
     from bench.kernels.harness import Case, Ceiling

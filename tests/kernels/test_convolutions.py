@@ -17,7 +17,7 @@ from tests.support.kernels import assert_no_worse, poisoned, strided
 
 
 def snake(x, alpha, beta):
-    """In the dtype of x."""
+    """Snake by eager torch, in the dtype of x."""
     alpha, beta = alpha.to(x.dtype)[:, None], (alpha if beta is None else beta).to(x.dtype)[:, None]
     return x + (1.0 / (beta + 1e-9)) * torch.sin(alpha * x) ** 2
 
@@ -34,7 +34,7 @@ def snake(x, alpha, beta):
         ((1, 24, 130, 41, 3, 1, 0), False, torch.bfloat16),
     ],
 )
-def test_snake_conv_against_fp64(device, shape, activated, dtype):
+def test_snake_conv1d_is_no_worse_than_eager_torch_against_fp64(device, shape, activated, dtype):
     batch, inward, outward, length, taps, dilation, padding = shape
     x = strided(torch.randn(batch, inward, length, device=device).to(dtype) * 2)
     weight = (torch.randn(outward, inward, taps, device=device) * (inward * taps) ** -0.5).to(dtype)
@@ -59,11 +59,11 @@ def test_snake_conv_against_fp64(device, shape, activated, dtype):
         backend="triton",
     )
 
-    def plain(dt):
+    def eager(dt):
         s = snake(x.to(dt), alpha, beta) if activated else x.to(dt)
         return F.conv1d(s, weight.to(dt), bias.to(dt), dilation=dilation, padding=padding) + residual.to(dt)
 
-    assert_no_worse(out, plain(dtype), plain(torch.float64))
+    assert_no_worse(out, eager(dtype), eager(torch.float64))
 
 
 # batch, channels in, channels out, samples, kernel size, stride, padding, output padding
@@ -78,28 +78,28 @@ def test_snake_conv_against_fp64(device, shape, activated, dtype):
         ((1, 16, 8, 20, 3, 4, 0, 3), False, torch.float16),
     ],
 )
-def test_conv_transpose_against_fp64(device, shape, activated, dtype):
+def test_conv_transpose1d_is_no_worse_than_eager_torch_against_fp64(device, shape, activated, dtype):
     batch, inward, outward, length, size, stride, padding, extra = shape
     x = strided(torch.randn(batch, inward, length, device=device).to(dtype) * 2)
     weight = (torch.randn(inward, outward, size, device=device) * (2 * inward) ** -0.5).to(dtype)
     bias = torch.randn(outward, device=device).to(dtype)
     alpha = torch.rand(inward, device=device) + 0.5 if activated else None
 
-    def plain(dt):
+    def eager(dt):
         s = snake(x.to(dt), alpha, None) if activated else x.to(dt)
         return F.conv_transpose1d(s, weight.to(dt), bias.to(dt), stride, padding, extra)
 
-    truth = plain(torch.float64)
+    truth = eager(torch.float64)
     out = poisoned(*truth.shape, dtype=dtype, device=device)
     geometry = {"stride": stride, "kernel_size": size, "padding": padding, "output_padding": extra}
     activation = Snake(alpha) if activated else None
     conv_transpose1d(x, up.pack(weight, stride), bias, snake=activation, out=out, backend="triton", **geometry)
-    assert_no_worse(out, plain(dtype), truth)
+    assert_no_worse(out, eager(dtype), truth)
 
 
 @settings(max_examples=10, deadline=None)
 @given(data=st.data(), inward=st.integers(1, 20), outward=st.integers(1, 20), length=st.integers(1, 50))
-def test_any_geometry(data, inward, outward, length):
+def test_convolutions_equal_their_references_for_any_geometry(data, inward, outward, length):
     if not op.runtime.interpreting:
         pytest.skip("random shapes would compile one kernel each")
     x, alpha = torch.randn(1, inward, length), torch.rand(inward) + 0.1
@@ -137,7 +137,7 @@ def test_any_geometry(data, inward, outward, length):
         ({"residual": torch.randn(1, 6, 9)}, "residual has shape"),
     ],
 )
-def test_bad_input(change, message):
+def test_snake_conv1d_rejects_bad_input(change, message):
     with pytest.raises(InvalidInputError, match=message):
         snake_conv1d(**({"x": torch.randn(1, 4, 9), "weight": torch.randn(3, 6, 4)} | change))
 
@@ -152,7 +152,7 @@ def test_bad_input(change, message):
         ({"x": torch.randn(1, 5, 9)}, "weight takes 4 channels, x has 5"),
     ],
 )
-def test_bad_transposed_input(change, message):
+def test_conv_transpose1d_rejects_bad_input(change, message):
     weight = up.pack(torch.randn(4, 6, 4), 2)
     with pytest.raises(InvalidInputError, match=message):
         conv_transpose1d(**({"x": torch.randn(1, 4, 9), "weight": weight, "stride": 2, "kernel_size": 4} | change))

@@ -1,3 +1,5 @@
+"""cross_attention: normalized queries over a prompt's held keys and values."""
+
 from __future__ import annotations
 
 import pytest
@@ -12,8 +14,8 @@ from presto_rt.kernels.cross_attention import cross_attention, cross_attention_r
 from tests.support.kernels import assert_no_worse, poisoned, strided
 
 
-def plain(q, k, v, q_weight, lengths):
-    """What the block does in eager torch, in the dtype of q."""
+def eager(q, k, v, q_weight, lengths):
+    """Norm and attention by eager torch, in the dtype of q."""
     heads, dim = k.shape[1], k.shape[3]
     queries = q.unflatten(-1, (heads, dim)).transpose(1, 2)
     if q_weight is not None:
@@ -35,7 +37,7 @@ CASES = [
 
 @pytest.mark.parametrize(("shape", "lengths", "dtype"), CASES)
 @pytest.mark.parametrize("normed", [True, False])
-def test_against_fp64(device, shape, lengths, dtype, normed):
+def test_cross_attention_is_no_worse_than_eager_torch_against_fp64(device, shape, lengths, dtype, normed):
     batch, tokens, heads, dim, keys = shape
     q = strided(torch.randn(batch, tokens, heads * dim, device=device).to(dtype))
     k, v = torch.randn(2, batch, keys, heads, dim, device=device).to(dtype).transpose(2, 3)
@@ -43,11 +45,11 @@ def test_against_fp64(device, shape, lengths, dtype, normed):
     lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=device)
     out = poisoned(*q.shape, dtype=dtype, device=device)
     cross_attention(q, k, v, q_weight=weight, key_lengths=lengths, out=out, backend="triton")
-    truth = plain(q.double(), k.double(), v.double(), None if weight is None else weight.double(), lengths)
-    assert_no_worse(out, plain(q, k, v, weight, lengths), truth)
+    truth = eager(q.double(), k.double(), v.double(), None if weight is None else weight.double(), lengths)
+    assert_no_worse(out, eager(q, k, v, weight, lengths), truth)
 
 
-def test_no_key_gives_zeros(device):
+def test_cross_attention_is_zero_without_visible_keys(device):
     q, kv = torch.randn(2, 5, 64, device=device), torch.randn(2, 2, 1, 9, 64, device=device)
     lengths = torch.tensor([0, 9], dtype=torch.int32, device=device)
     for backend in ("triton", "torch"):
@@ -65,7 +67,7 @@ def test_no_key_gives_zeros(device):
     keys=st.integers(1, 100),
     heads=st.integers(1, 2),
 )
-def test_any_shape(data, batch, tokens, keys, heads):
+def test_cross_attention_equals_its_reference_for_any_shape(data, batch, tokens, keys, heads):
     if not op.runtime.interpreting:
         pytest.skip("random shapes would compile one kernel each")
     lengths = torch.tensor(
@@ -90,7 +92,7 @@ def test_any_shape(data, batch, tokens, keys, heads):
         ({"out": torch.empty(1, 4, 128).half()}, "out has dtype float16"),
     ],
 )
-def test_bad_input(change, message):
+def test_cross_attention_rejects_bad_input(change, message):
     arguments = {"q": torch.randn(1, 4, 128), "k": torch.randn(1, 2, 9, 64), "v": torch.randn(1, 2, 9, 64)}
     with pytest.raises(InvalidInputError, match=message):
         cross_attention(**(arguments | change))

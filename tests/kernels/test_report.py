@@ -30,7 +30,7 @@ def table() -> list[dict]:
     return [row for done in both for row in json.loads(done.stdout)["rows"]]
 
 
-def test_nothing_spills_and_shared_memory_fits(table):
+def test_report_has_no_spills_and_fitting_shared_memory(table):
     for row in table:
         assert row["spills"] == 0, row
         assert row["stack"] == 0, row
@@ -39,13 +39,13 @@ def test_nothing_spills_and_shared_memory_fits(table):
         assert row["registers"] * row["warps"] * 32 <= 65536, row
 
 
-def test_every_operator_is_there_for_both_chips(table):
+def test_report_lists_every_operator_for_both_architectures(table):
     for arch in (80, 90):
         assert {row["operator"] for row in table if row["arch"] == arch} == set(OPERATORS)
     assert any("fp8" in row["configuration"] for row in table if row["arch"] == 90)
 
 
-def test_matrix_products_use_the_matrix_units(table):
+def test_report_shows_matrix_units_for_matrix_products(table):
     for row in table:
         if row["operator"] in ("gemm", "attention"):
             assert row["matrix"] == ("wgmma" if row["arch"] == 90 else "mma"), row
@@ -53,9 +53,11 @@ def test_matrix_products_use_the_matrix_units(table):
             assert row["matrix"] in ("wgmma", "mma"), row
 
 
-def test_noise_has_no_fused_operation_and_exact_roots():
+def test_compiled_noise_has_no_fused_operation_and_exact_roots():
     """One fused multiply-add would change the noise's bits, as would an approximate square root or division."""
-    done = run("-c", """
+    done = run(
+        "-c",
+        """
 import re
 from presto_rt.kernels import report
 for arch in (80, 90):
@@ -68,16 +70,19 @@ for arch in (80, 90):
             kinds = set(re.findall(r"\\b((?:sqrt|div)\\.\\w+\\.f32)", ptx))
             assert kinds == {"sqrt.rn.f32", "div.rn.f32"}, kinds
             print(arch, name)
-""")  # fmt: skip
+""",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == 8
 
 
-def test_kernels_compile_where_every_number_is_one():
+def test_compile_launch_accepts_integers_of_one():
     """Triton makes a constant of an argument that equals 1: a length, stride or row of 1 takes another path in the
     compiler.
     """
-    done = run("-c", """
+    done = run(
+        "-c",
+        """
 import dataclasses
 from presto_rt.kernels import report
 seen = set()
@@ -89,14 +94,17 @@ for operator, name, item in report.configurations(90):
     ones = tuple(1 if isinstance(value, int) else value for value in item.arguments)
     report.compile_launch(dataclasses.replace(item, arguments=ones), 90)
     print(kernel)
-""")  # fmt: skip
+""",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.split()) >= 10
 
 
-def test_one_binary_serves_every_row_and_stream():
+def test_specialize_shares_one_binary_for_all_rows_and_streams():
     """Rows of the modulation table and noise streams differ from call to call: none is a reason to compile again."""
-    done = run("-c", """
+    done = run(
+        "-c",
+        """
 import torch
 from presto_rt.kernels import adaln, report, runtime, sampler_step
 x, table, coefficients = (torch.empty(*s, device="meta") for s in ((1, 32, 64), (40, 64), (9,)))
@@ -106,13 +114,14 @@ for row in (0, 1, 7, 16):
         adaln.adaln(x, x, adaln.Modulation(table, gate=row, shift=row + 1, scale=row + 2))
         noise = sampler_step.NoiseStream(seeds, row)
         sampler_step.sampler_step(x, x, x, coefficients, network_input=x, noise=noise)
-    found.append([repr(report.specialise(item)) for item in launches])
+    found.append([repr(report.specialize(item)) for item in launches])
 assert len(found[0]) == 2 and all(one == found[0] for one in found), found
-""")  # fmt: skip
+""",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_report_fails_when_a_kernel_does_not_fit(monkeypatch, capsys):
+def test_report_fails_if_a_kernel_does_not_fit(monkeypatch, capsys):
     row = report.Row("adaln", "made up", "kernel", 90, 4, 1, 255, 300 * 1024, 8, 16, "-", False)
     monkeypatch.setattr(report, "rows", lambda arch, operators: iter([row]))
     monkeypatch.setattr(runtime, "interpreting", False)
@@ -120,7 +129,7 @@ def test_the_report_fails_when_a_kernel_does_not_fit(monkeypatch, capsys):
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
-def test_bad_requests(monkeypatch):
+def test_report_rejects_unknown_operators_and_the_interpreter(monkeypatch):
     with pytest.raises(InvalidInputError, match="operator 'softmax' is unknown"):
         next(iter(report.configurations(90, ["softmax"])))
     monkeypatch.setattr(runtime, "interpreting", True)

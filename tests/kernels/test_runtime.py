@@ -1,6 +1,4 @@
-"""What the kernels stand on: imports without Triton, the repaired interpreter, its bf16 trap, recording, choosing
-by measuring.
-"""
+"""Foundations of the kernels: imports without Triton, the repaired interpreter, recording, selection by measurement."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ def python(code: str, *flags: str, **variables: str) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-def test_import_alone_loads_neither_triton_nor_torch():
+def test_import_loads_neither_triton_nor_torch():
     done = python("import sys, presto_rt.kernels; print('triton' in sys.modules, 'torch' in sys.modules)")
     assert done.stdout.split() == ["False", "False"], done.stderr
 
@@ -67,7 +65,7 @@ print(json.dumps({"lines": lines, "errors": errors, "found": found, "gpu": torch
 
 
 def clone(folder: Path, removed: tuple[str, ...]) -> str:
-    """Python code that puts a bare clone of the package and all installed packages but `removed` on the path."""
+    """Return Python code that puts a bare clone and all installed packages except `removed` on the path."""
     ignore = shutil.ignore_patterns("weights", "__pycache__", *(("_C.*",) if "_C" in removed else ()))
     for package in ("presto_rt", "kernels"):
         shutil.copytree(ROOT / package, folder / "clone" / package, ignore=ignore)
@@ -83,7 +81,7 @@ def clone(folder: Path, removed: tuple[str, ...]) -> str:
 
 
 @pytest.mark.parametrize("removed", [(), ("triton", "_C")])
-def test_each_missing_part_costs_one_log_line(tmp_path, removed):
+def test_fallback_logs_one_line_per_missing_part(tmp_path, removed):
     """No GPU, no Triton, no compiled module, nothing installed: files that are not there, not modules that are hidden.
 
     `-S` leaves out site-packages, and with it Triton and the installed package itself.
@@ -104,20 +102,20 @@ def test_each_missing_part_costs_one_log_line(tmp_path, removed):
     assert ("move it to a GPU" if has_triton else "pip install triton") in error
 
 
-def test_the_report_says_what_it_needs(monkeypatch):
+def test_report_without_triton_names_the_dependency(monkeypatch):
     monkeypatch.setattr(runtime, "triton", None)
     with pytest.raises(MissingDependencyError, match="pip install triton"):
         kernels.report.main(["adaln"])
 
 
-def test_unknown_names():
+def test_package_names_its_modules_for_an_unknown_attribute():
     with pytest.raises(AttributeError, match="it has adaln, attention"):
         _ = kernels.nothing
     assert set(kernels.OPERATORS) < set(dir(kernels))
 
 
 @pytest.mark.parametrize("name", kernels.OPERATORS)
-def test_every_operator_has_its_parts(name):
+def test_operator_module_has_function_reference_and_configurations(name):
     module = importlib.import_module(f"presto_rt.kernels.{name}")
     function = module.linear if name == "gemm" else getattr(module, name)
     assert "InvalidInputError:" in function.__doc__.partition("Raises:")[2]
@@ -136,10 +134,8 @@ def raw_product_kernel(a_ptr, b_ptr, out_ptr, LIFTED: tl.constexpr):
 
 
 @interpreted_only
-def test_a_bf16_product_in_the_interpreter_is_refused(request):
-    """The guard of all kernel tests stops it; without the guard the numbers would be silently wrong; runtime.dot is
-    right.
-    """
+def test_dot_guard_rejects_raw_bf16_products(request):
+    """Without the guard of all kernel tests, such a product would be silently wrong; runtime.dot is right."""
     from triton.runtime.errors import InterpreterError
 
     a, b = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16()
@@ -151,7 +147,7 @@ def test_a_bf16_product_in_the_interpreter_is_refused(request):
 
 
 @interpreted_only
-def test_the_interpreter_rounds_to_nearest_even():
+def test_interpreter_rounds_to_nearest_even():
     x = torch.cat(
         [torch.randn(4000) * 10.0 ** torch.randint(-4, 4, (4000,)), torch.tensor([1.00390625, 1.01171875, 0.0])]
     )
@@ -170,7 +166,7 @@ def test_the_interpreter_rounds_to_nearest_even():
 
 
 @interpreted_only
-def test_the_write_count_sees_double_and_missing_writes():
+def test_assert_written_once_finds_double_and_missing_writes():
     @jit
     def careless_kernel(out_ptr, SHIFT: tl.constexpr):
         tl.store(out_ptr + tl.program_id(0) * SHIFT + tl.arange(0, 4), 1.0)
@@ -185,7 +181,7 @@ def test_the_write_count_sees_double_and_missing_writes():
         assert_written_once(lambda: careless[(1,)](out, SHIFT=4), out[:3])
 
 
-def test_recording_notes_and_runs_nothing():
+def test_recording_collects_launches_and_runs_nothing():
     x = torch.empty(1, 7, 1024, dtype=torch.bfloat16, device="meta")
     with runtime.recording(80) as launches:
         y = adaln.adaln(x, x)[1]
@@ -196,7 +192,7 @@ def test_recording_notes_and_runs_nothing():
     assert item.constants["N"] == 1024
 
 
-def test_backends_by_name():
+def test_use_triton_checks_the_backend():
     x = torch.randn(1, 3, 8)
     assert runtime.use_triton(x, "torch") is False
     with pytest.raises(InvalidInputError, match="use 'auto', 'triton' or 'torch'"):
@@ -206,8 +202,8 @@ def test_backends_by_name():
             runtime.use_triton(x, "triton")
 
 
-def test_choice_takes_the_fastest_that_works(monkeypatch, caplog):
-    """Its logic, with made-up times: whatever a peer raises, the others go on; one measurement for a device and key."""
+def test_kernel_selector_takes_the_fastest_that_works(monkeypatch, caplog):
+    """With made-up times: a candidate that raises is left out, and each device and key is measured once."""
     times = {"slow": 2.0, "fast": 1.0}
 
     def milliseconds(call):
@@ -219,8 +215,12 @@ def test_choice_takes_the_fastest_that_works(monkeypatch, caplog):
     monkeypatch.setattr("presto_rt.kernels.autotune.milliseconds", milliseconds)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    ways = {"slow": lambda: "slow", "fast": lambda: "fast", "broken": lambda: AssertionError("head dim\nand more"),
-            "missing": lambda: MissingDependencyError("not installed")}  # fmt: skip
+    ways = {
+        "slow": lambda: "slow",
+        "fast": lambda: "fast",
+        "broken": lambda: AssertionError("head dim\nand more"),
+        "missing": lambda: MissingDependencyError("not installed"),
+    }
     selector, first, second = KernelSelector("test"), torch.device("cuda", 0), torch.device("cuda", 1)
     assert selector.fastest(first, "key", lambda: ways, "slow") == "fast"
     assert selector.fastest(first, "key", dict, "slow") == "fast"
@@ -241,7 +241,7 @@ def test_choice_takes_the_fastest_that_works(monkeypatch, caplog):
 
 
 @pytest.mark.gpu
-def test_choice_measures_the_gpu_and_not_the_host():
+def test_kernel_selector_measures_the_gpu_and_not_the_host():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU on this machine")
     big, small = torch.randn(1024, 1024, device="cuda"), torch.randn(8, 8, device="cuda")

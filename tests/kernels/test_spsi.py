@@ -1,3 +1,5 @@
+"""spsi: phases by a parallel prefix, against the loop over frames."""
+
 from __future__ import annotations
 
 import math
@@ -15,13 +17,14 @@ def poisoned(*shape, device):
 
 
 def angle_between(a, b):
-    """Largest angle in radians between unit phasors."""
+    """Return the largest angle in radians between unit phasors."""
     return float(torch.angle(a.cpu().to(torch.complex128) * b.cpu().to(torch.complex128).conj()).abs().max())
 
 
-@pytest.mark.parametrize(("batch", "frames", "size", "hop"), [(1, 1, 64, 16), (2, 19, 64, 16), (1, 40, 64, 32),
-                                                             (1, 2, 2048, 512)])  # fmt: skip
-def test_phases_are_those_of_the_loop_over_frames(device, batch, frames, size, hop):
+@pytest.mark.parametrize(
+    ("batch", "frames", "size", "hop"), [(1, 1, 64, 16), (2, 19, 64, 16), (1, 40, 64, 32), (1, 2, 2048, 512)]
+)
+def test_spsi_equals_the_loop_over_frames(device, batch, frames, size, hop):
     magnitude = torch.rand(batch, frames, size // 2 + 1, device=device).square()
     magnitude[0, -1, : size // 4] = 0.25  # a plateau: one peak, at its start
     out = torch.view_as_complex(poisoned(batch, frames, size // 2 + 1, device=device))
@@ -33,25 +36,26 @@ def test_phases_are_those_of_the_loop_over_frames(device, batch, frames, size, h
     torch.testing.assert_close(got.abs().cpu(), torch.ones(magnitude.shape))
 
 
-def test_strides_and_silence(device):
+def test_spsi_accepts_strides_and_silence(device):
     magnitude = torch.rand(2, 33, 40, device=device)[..., :33]  # rows with a gap
     flat = torch.full((1, 5, 33), 1e-8, device=device)  # all equal: one peak, at bin 0
     got = spsi(magnitude, 16, 64, backend="triton")
     assert torch.equal(got, spsi(magnitude.contiguous(), 16, 64, backend="triton"))
     signs = 1.0 - 2.0 * (torch.arange(33) % 2)
-    torch.testing.assert_close(torch.view_as_real(spsi(flat, 16, 64, backend="triton")).cpu()[..., 0],
-                               signs.expand(1, 5, 33))  # fmt: skip
+    torch.testing.assert_close(
+        torch.view_as_real(spsi(flat, 16, 64, backend="triton")).cpu()[..., 0], signs.expand(1, 5, 33)
+    )
 
 
-def test_a_frame_depends_on_no_later_one(device):
-    """What lets a padded clip begin with the phases of the clip alone."""
+def test_spsi_frame_depends_on_no_later_frame(device):
+    """So a padded clip starts with the phases of the clip alone."""
     magnitude = torch.rand(1, 12, 33, device=device)
     longer = torch.cat([magnitude, torch.rand(1, 9, 33, device=device)], 1)
     alone, among = (spsi(m, 16, 64, backend="triton") for m in (magnitude, longer))
     assert torch.equal(alone, among[:, :12])
 
 
-def test_not_a_number_stays_in_its_place(device):
+def test_spsi_keeps_nan_within_its_clip(device):
     magnitude = torch.rand(2, 9, 33, device=device)
     broken = magnitude.clone()
     broken[0] = math.nan
@@ -68,6 +72,6 @@ def test_not_a_number_stays_in_its_place(device):
         ((torch.rand(3, 33), 16, 64), "dimensions"),
     ],
 )
-def test_bad_input(arguments, message):
+def test_spsi_rejects_bad_input(arguments, message):
     with pytest.raises(InvalidInputError, match=message):
         spsi(*arguments)

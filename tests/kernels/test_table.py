@@ -43,7 +43,7 @@ def run(engine, runs, c, u, tokens, seeds, **changes):
 
 @pytest.mark.parametrize("schedule", range(len(SCHEDULES)))
 @torch.inference_mode()
-def test_it_is_the_model_for_every_layer_schedule(device, schedule):
+def test_cuda_ops_equal_the_model_for_every_layer_schedule(device, schedule):
     config = replace(preset("tiny"), blocks=2)
     model, frames, batch = random_dit(config), 19, 1 + schedule // 2
     seeds, layers = [7, 2**64 - 1][:batch], SCHEDULES[schedule](config.blocks)
@@ -60,7 +60,7 @@ def test_it_is_the_model_for_every_layer_schedule(device, schedule):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.inference_mode()
-def test_odd_sizes_with_guidance_in_every_dtype(device, dtype):
+def test_cuda_ops_run_odd_sizes_with_guidance_in_every_dtype(device, dtype):
     """And nothing is left of what was in memory."""
     model, frames = random_dit(ODD), 21
     c, u = conditions(model, 2, frames)
@@ -82,7 +82,7 @@ def test_odd_sizes_with_guidance_in_every_dtype(device, dtype):
     ("sampler", "network"), [("dpmpp_2m", "edm"), ("few_step", "edm"), ("heun", "v"), ("dpmpp_2s", "rf")]
 )
 @torch.inference_mode()
-def test_every_kind_of_step(device, sampler, network):
+def test_cuda_ops_run_every_kind_of_sampler_step(device, sampler, network):
     """Samplers with fresh noise, with a memory, and with two evaluations a step."""
     model = random_dit(replace(preset("tiny"), blocks=1, network=network))
     c, u = conditions(model, 1, 11)
@@ -96,7 +96,7 @@ def test_every_kind_of_step(device, sampler, network):
 
 
 @torch.inference_mode()
-def test_padding_changes_nothing_and_edits_are_those_of_the_reference(device):
+def test_cuda_ops_ignore_padding_and_edit_as_the_reference(device):
     """A longer buffer with the frames that count told; and what an edit keeps is there at the end to the bit."""
     model, frames, padded = random_dit(replace(preset("tiny"), blocks=1)), 13, 21
     c, u = conditions(model, 2, padded)
@@ -120,7 +120,7 @@ def test_padding_changes_nothing_and_edits_are_those_of_the_reference(device):
             assert not torch.isclose(got[~kept], init[:, :frames][~kept]).all()
 
 
-def test_noise_of_all_clips_is_each_clips_own(device):
+def test_noise_of_draws_each_clip_from_its_seed(device):
     drawn = noise_of([7, 2**64 - 1], (5, 3), device)
     for stream in (0, 4):
         want = torch.stack([noise.normal(seed, (5, 3), stream=stream) for seed in (7, 2**64 - 1)])
@@ -128,7 +128,7 @@ def test_noise_of_all_clips_is_each_clips_own(device):
 
 
 @torch.inference_mode()
-def test_each_operator_can_be_plain_torch(device):
+def test_cuda_ops_can_run_each_operator_as_plain_torch(device):
     model = random_dit(replace(preset("tiny"), blocks=1))
     c, u = conditions(model, 1, 9)
     runs = compile_trajectory("few_step", [5.0, 0.0], Guidance(2.0), LayerSchedule.full(1), "edm", 0.5)
@@ -140,7 +140,7 @@ def test_each_operator_can_be_plain_torch(device):
         CudaOps(torch.float32, device, ["magic"])
 
 
-def test_products_in_fp8_are_those_of_rounded_numbers(device):
+def test_cuda_ops_fp8_products_are_those_of_rounded_numbers(device):
     """On both sides of a block: norm to fp8 to product, and product with GELU to fp8."""
     ops = CudaOps(torch.bfloat16, device, backend="triton")
     if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
@@ -171,7 +171,7 @@ def test_products_in_fp8_are_those_of_rounded_numbers(device):
 
 
 @pytest.mark.parametrize("config", [preset("tiny"), ODD, preset("nano")], ids=lambda c: c.name)
-def test_all_of_it_lies_in_the_arena(config):
+def test_cuda_ops_buffers_all_lie_in_the_arena(config):
     """Also the results of matrix products; and no two buffers that live together share a byte."""
     model = random_dit(config)
     c, u = conditions(model, 1, 21)
@@ -188,7 +188,7 @@ def test_all_of_it_lies_in_the_arena(config):
         assert not together or first.stop <= second.start or second.stop <= first.start, (a.name, b.name)
 
 
-def test_what_cannot_run_is_said_in_a_line(monkeypatch):
+def test_unavailable_gives_the_reason_in_one_line(monkeypatch):
     cpu = torch.device("cpu")
     assert unavailable(preset("small"), torch.bfloat16, cpu) is None
     assert "head dim 24" in str(unavailable(replace(ODD, head_dim=24), torch.bfloat16, cpu))

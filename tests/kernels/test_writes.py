@@ -29,9 +29,7 @@ from presto_rt.kernels.pcm import pcm
 from tests.support.kernels import assert_written_once, interpreted_only, rotary_table, strided
 
 MODULES = [importlib.import_module(f"presto_rt.kernels.{name}") for name in OPERATORS]
-KERNELS = {
-    name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")
-}  # fmt: skip
+KERNELS = {name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")}
 SHAPE = (2, 5, 96)
 
 
