@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InvalidInputError
+from ..errors import GenerationError, InvalidInputError
 from .spectral import FRAME_HOP, FRAMES_PER_LATENT, LATENT_HOP, SAMPLE_RATE, SpectralFrames
 
 SIGMA_DATA = 0.5
