@@ -1,4 +1,4 @@
-"""The data set: build, resume, hashes, splits, rendered truth, recordings, reading, and clear errors."""
+"""Tests of the data set: build, resume, hashes, splits, rendered ground truth, recordings, reading, errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,15 @@ from tests.support.pitches import PITCH_CLASSES
 
 soundfile = pytest.importorskip("soundfile")
 
-HAVE_FONT = any(Path(p).is_file() for p in render.SOUNDFONTS)
+
+def have_soundfont() -> bool:
+    try:
+        return bool(render.soundfont())
+    except MissingDependencyError:
+        return False
+
+
+HAVE_FONT = have_soundfont()
 HAVE_SYNTH = importlib.util.find_spec("tinysoundfont") is not None
 HAVE_ALL = HAVE_FONT and HAVE_SYNTH and shutil.which("mma") and importlib.util.find_spec("music21")
 needs_sound = pytest.mark.skipif(
@@ -37,7 +45,7 @@ HOURS = 0.03
 
 
 def make(root: Path, workers: int = 1, seed: int = 0) -> Manifest:
-    """A build of a few pieces, without recordings."""
+    """Build 0.03 hours without recordings."""
     from presto_rt.lab.data.build import build
 
     return build(root, hours=HOURS, seed=seed, workers=workers, recordings=False, progress=False)
@@ -52,7 +60,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recording(root: Path, samples: np.ndarray) -> Item:
-    """A data set of one item with the given samples (2, frames)."""
+    """Write a data set of one recording with samples (2, frames)."""
     (root / "recordings").mkdir(parents=True, exist_ok=True)
     soundfile.write(root / "recordings" / "a.wav", samples.T, SAMPLE_RATE, subtype="PCM_16")
     seconds = samples.shape[1] / SAMPLE_RATE
@@ -63,7 +71,7 @@ def recording(root: Path, samples: np.ndarray) -> Item:
 
 
 @needs_all
-def test_build_makes_what_the_manifest_says(small: Path) -> None:
+def test_build_writes_audio_that_matches_the_manifest(small: Path) -> None:
     manifest = load_manifest(small)
     assert manifest.complete
     assert manifest.hours() >= HOURS
@@ -82,16 +90,16 @@ def test_build_makes_what_the_manifest_says(small: Path) -> None:
 
 
 @needs_all
-def test_hash_is_that_of_the_seed_not_of_the_workers(small: Path, tmp_path: Path) -> None:
+def test_build_hash_depends_on_seed_not_on_workers(small: Path, tmp_path: Path) -> None:
     assert make(tmp_path / "two", workers=2).hash == load_manifest(small).hash
-    assert make(tmp_path / "other", seed=1).hash != load_manifest(small).hash
+    assert make(tmp_path / "seed1", seed=1).hash != load_manifest(small).hash
 
 
 @needs_all
 def test_build_resumes_after_sigkill(small: Path, tmp_path: Path) -> None:
-    """Killed in the middle, then built again: nothing half-written is taken, what was whole is not made again."""
+    """A killed build resumes: partial files are ignored, complete ones are kept unchanged."""
     root = tmp_path / "killed"
-    command = [sys.executable, "-m", "presto_rt.lab.data.cli", "build", "--root", str(root), "--hours", str(HOURS)]
+    command = [sys.executable, "-m", "presto_rt.cli", "data", "build", "--root", str(root), "--hours", str(HOURS)]
     command += ["--workers", "1", "--no-recordings"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     limit = time.monotonic() + 300  # an idle machine needs five seconds
@@ -108,11 +116,11 @@ def test_build_resumes_after_sigkill(small: Path, tmp_path: Path) -> None:
 
 
 @needs_all
-def test_a_piece_that_fails_is_tried_again(
+def test_build_retries_failed_pieces(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from presto_rt.cli import main
     from presto_rt.lab.data import build
-    from presto_rt.lab.data.cli import main
 
     def fails(root: Path, seed: int, index: int) -> Item:
         if index == 1:
@@ -120,11 +128,12 @@ def test_a_piece_that_fails_is_tried_again(
         return make_item(root, seed, index)
 
     make_item = build.make_item
-    command = ["build", "--root", str(tmp_path), "--hours", str(HOURS), "--workers", "1", "--no-recordings"]
+    command = ["data", "build", "--root", str(tmp_path), "--hours", str(HOURS), "--workers", "1", "--no-recordings"]
     monkeypatch.setattr(build, "make_item", fails)
     assert main(command) == 1
-    assert "piece 1: the disk is full" in (said := capsys.readouterr().err)
-    assert "1 pieces could not be made" in said
+    errors = capsys.readouterr().err
+    assert "piece 1: the disk is full" in errors
+    assert "1 pieces failed" in errors
     assert not load_manifest(tmp_path).complete
     monkeypatch.undo()
     assert main(command) == 0
@@ -133,13 +142,13 @@ def test_a_piece_that_fails_is_tried_again(
 
 
 @needs_all
-def test_root_of_another_seed_is_refused(small: Path) -> None:
+def test_build_rejects_root_of_another_seed(small: Path) -> None:
     with pytest.raises(InvalidInputError, match="seed 0"):
         make(small, seed=7)
 
 
 @needs_sound
-def test_rendered_tempo_downbeat_and_pitch_are_exact() -> None:
+def test_render_places_tempo_downbeat_and_pitch_exactly() -> None:
     """An A4 on each beat at 97 bpm after 0.2 s: onsets lie on the grid and the spectrum peaks at 440 Hz."""
     bpm, offset, count = 97, 0.2, 24
     score = Score([Note(float(b), 0, 69, 0.5, 100) for b in range(count)], {0: 0})
@@ -147,9 +156,9 @@ def test_rendered_tempo_downbeat_and_pitch_are_exact() -> None:
     mono = samples.mean(axis=0)
     beat = 60 / bpm
     for number in range(count):
-        at = round((offset + number * beat) * SAMPLE_RATE)
-        before = np.abs(mono[max(0, at - 441) : at]).mean()
-        after = np.abs(mono[at : at + 1323]).mean()
+        onset = round((offset + number * beat) * SAMPLE_RATE)
+        before = np.abs(mono[max(0, onset - 441) : onset]).mean()
+        after = np.abs(mono[onset : onset + 1323]).mean()
         assert after > 2 * before, number
     assert np.abs(mono[: round(offset * SAMPLE_RATE) - 8]).max() < 1e-3
     spectrum = np.abs(np.fft.rfft(mono[: 8 * SAMPLE_RATE] * np.hanning(8 * SAMPLE_RATE)))
@@ -158,7 +167,7 @@ def test_rendered_tempo_downbeat_and_pitch_are_exact() -> None:
 
 
 @needs_sound
-def test_pieces_do_not_ring_into_the_next() -> None:
+def test_synthesize_does_not_ring_into_the_next_piece() -> None:
     loud = Score([Note(0.0, c, 48 + 3 * c, 8.0, 120) for c in range(6)], dict.fromkeys(range(6), 19))
     render.synthesize(loud, 120, 0.0, 1.0)
     after = render.synthesize(Score([Note(4.0, 0, 69, 1.0, 100)], {0: 0}), 120, 0.0, 1.5)
@@ -166,7 +175,7 @@ def test_pieces_do_not_ring_into_the_next() -> None:
 
 
 @needs_all
-def test_key_label_agrees_with_what_sounds(small: Path) -> None:
+def test_build_key_labels_agree_with_the_audio(small: Path) -> None:
     """Over the pieces with a key, scale tones carry clearly more than their 7/12 share of the chroma."""
     steps = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
     shares = []
@@ -185,18 +194,18 @@ def test_key_label_agrees_with_what_sounds(small: Path) -> None:
 
 
 @needs_all
-def test_arrangement_is_deterministic_and_starts_at_the_downbeat() -> None:
+def test_arrange_is_deterministic_and_starts_at_the_downbeat() -> None:
     from presto_rt.lab.data.theory import Key
 
     key = Key(2, "minor")
     chords = [key.chord(d) for d in (0, 3, 4, 0)]
-    first, second = (grooves.arrange("BossaNova", chords, flats=True, beats=4, bpm=120, seed=4) for _ in range(2))
+    first, second = (grooves.arrange("BossaNova", chords, flats=True, bpm=120, seed=4) for _ in range(2))
     assert first.notes == second.notes
     assert abs(first.notes[0].start) < 0.05
     assert 12 <= max(n.start for n in first.notes) < 16
 
 
-def test_missing_programs_say_which_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_programs_raise_errors_that_name_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PRESTO_RT_SOUNDFONT", str(tmp_path / "none.sf3"))
     with pytest.raises(MissingDependencyError, match="apt-get install musescore-general-soundfont-small"):
         render.soundfont()
@@ -208,7 +217,7 @@ def test_missing_programs_say_which_package(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.parametrize("hours", [float("nan"), float("inf"), -1.0])
-def test_hours_that_are_no_length_are_refused(tmp_path: Path, hours: float) -> None:
+def test_build_rejects_invalid_hours(tmp_path: Path, hours: float) -> None:
     from presto_rt.lab.data.build import build
 
     with pytest.raises(InvalidInputError, match="hours"):
@@ -216,7 +225,7 @@ def test_hours_that_are_no_length_are_refused(tmp_path: Path, hours: float) -> N
     assert not (tmp_path / "data").exists()
 
 
-def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+def test_load_manifest_rejects_damaged_files(tmp_path: Path) -> None:
     for text in ("{", "[]", '{"version": 1}', '{"version": 1, "seed": 0, "items": [3]}'):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(InvalidInputError, match=r"manifest\.json is damaged.*presto-rt lab data build"):
@@ -224,13 +233,13 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
 
 
 def program(folder: Path, name: str, script: str) -> None:
-    """A stand-in for a program, first on the PATH."""
+    """Write a shell script that stands in for a program on the PATH."""
     path = folder / name
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
 
 
-def test_a_download_that_was_cut_short_is_not_taken_for_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_package_discards_partial_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools, downloads = tmp_path / "bin", tmp_path / "it's here"
     tools.mkdir()
     downloads.mkdir()
@@ -238,44 +247,44 @@ def test_a_download_that_was_cut_short_is_not_taken_for_whole(tmp_path: Path, mo
     program(tools, "dpkg-deb", "exit 2")
     program(tools, "apt-get", 'echo half > "$3_1_all.deb"; exit 100')
     with pytest.raises(OutputError, match="cannot fetch x"):
-        recordings._fetch("x", downloads)
+        recordings.fetch_package("x", downloads)
     assert not list(downloads.iterdir())
     program(tools, "apt-get", 'echo whole > "$3_1_all.deb"')
-    assert recordings._fetch("x", downloads).read_text() == "whole\n"
+    assert recordings.fetch_package("x", downloads).read_text() == "whole\n"
     assert [path.name for path in downloads.iterdir()] == ["x_1_all.deb"]
     with pytest.raises(OutputError, match=r"x_1_all\.deb: delete it"):
         next(recordings.songs("x", downloads))
 
 
-def test_an_arranger_that_hangs_is_one_piece_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrange_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from presto_rt.lab.data.theory import Chord
 
     program(tmp_path, "mma", "exec sleep 60")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(grooves, "MMA_SECONDS", 0.2)
-    with pytest.raises(PrestoError, match="did not end"):
-        grooves.arrange("Swing", [Chord(0, "", 0)], flats=False, beats=4, bpm=120, seed=0)
+    with pytest.raises(PrestoError, match="did not finish"):
+        grooves.arrange("Swing", [Chord(0, "", 0)], flats=False, bpm=120, seed=0)
 
 
-def test_command_line_prints_one_line_of_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from presto_rt.lab.data.cli import main
+def test_data_command_prints_one_line_of_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from presto_rt.cli import main
 
-    assert main(["info", "--root", str(tmp_path)]) == 1
-    assert "presto-rt lab data build" in capsys.readouterr().err
+    assert main(["data", "info", "--root", str(tmp_path)]) == 1
+    assert "presto-rt data build" in capsys.readouterr().err
 
 
-def test_manifest_round_trip_and_hash(tmp_path: Path) -> None:
+def test_manifest_round_trips_and_hashes_content(tmp_path: Path) -> None:
     item = recording(tmp_path, np.zeros((2, 100), np.float32))
-    other = Item(
+    piece = Item(
         "b", "solo", "train", "b.wav", 1.0, "c", "h", "s", "l", ["x"], ["piano"], None, 90.0, 4, 0.1, "D", "minor"
     )
-    manifest = Manifest(tmp_path, 3, [item, other])
+    manifest = Manifest(tmp_path, 3, [item, piece])
     manifest.save()
     back = load_manifest(tmp_path)
     assert back == manifest
-    assert back.hash == Manifest(tmp_path, 9, [other, item]).hash
-    other.content = "changed"
-    assert back.hash != Manifest(tmp_path, 3, [item, other]).hash
+    assert back.hash == Manifest(tmp_path, 9, [piece, item]).hash
+    piece.content = "changed"
+    assert back.hash != Manifest(tmp_path, 3, [item, piece]).hash
     assert items(back, "train") == items(back, kinds="solo") == [back.items[1]]
     with pytest.raises(InvalidInputError, match="unknown split"):
         items(back, "training")
@@ -283,7 +292,7 @@ def test_manifest_round_trip_and_hash(tmp_path: Path) -> None:
         load_manifest(tmp_path / "nowhere")
 
 
-def test_splits_follow_the_composition() -> None:
+def test_split_of_depends_on_the_composition() -> None:
     """The split is a function of the composition alone, about 90/5/5."""
     counts = {"train": 0, "val": 0, "test": 0}
     for number in range(4000):
@@ -292,12 +301,12 @@ def test_splits_follow_the_composition() -> None:
     assert counts["val"] / 4000 == pytest.approx(0.05, abs=0.015)
 
 
-def test_read_audio_crops_exactly(tmp_path: Path) -> None:
+def test_read_audio_crops_exactly_and_rejects_invalid_ranges(tmp_path: Path) -> None:
     ramp = np.stack([np.linspace(-0.5, 0.5, 5000), np.linspace(0.5, -0.5, 5000)]).astype(np.float32)
     item = recording(tmp_path, ramp)
     assert np.abs(read_audio(item, 1000, 300, root=tmp_path) - ramp[:, 1000:1300]).max() < 1e-4
-    whole = read_audio(item, root=tmp_path, dtype="int16")
-    assert whole.dtype == np.int16
+    whole = read_audio(item, root=tmp_path)
+    assert whole.dtype == np.float32
     assert whole.shape == (2, 5000)
     with pytest.raises(InvalidInputError, match="5000 frames"):
         read_audio(item, 4900, 200, root=tmp_path)
@@ -306,25 +315,25 @@ def test_read_audio_crops_exactly(tmp_path: Path) -> None:
         read_audio(item, root=tmp_path)
 
 
-def test_recordings_are_decoded_cut_and_licensed(tmp_path: Path) -> None:
-    """A mono 48 kHz Opus song becomes 44.1 kHz stereo equal pieces near 45 s; silence is dropped."""
+def test_add_song_decodes_cuts_and_splits(tmp_path: Path) -> None:
+    """A mono 48 kHz Opus song becomes equal 44.1 kHz stereo pieces near 45 s; silence is dropped."""
     time_axis = np.arange(70 * 48000) / 48000
     tone = 0.3 * np.sin(2 * np.pi * 330 * time_axis)
     encoded = io.BytesIO()
     soundfile.write(encoded, tone, 48000, format="OGG", subtype="OPUS")
     song = recordings.Song("marsshooter-data", "music/x.opus", [encoded.getvalue()], "CC-BY-SA-3.0")
-    made = recordings.add_song(tmp_path, song)
-    assert [round(i.seconds) for i in made] == [35, 35]
-    assert {i.split for i in made} == {"test"}
-    samples = read_audio(made[1], 0, 2 * SAMPLE_RATE, root=tmp_path)
+    pieces = recordings.add_song(tmp_path, song)
+    assert [round(i.seconds) for i in pieces] == [35, 35]
+    assert {i.split for i in pieces} == {"test"}
+    samples = read_audio(pieces[1], 0, 2 * SAMPLE_RATE, root=tmp_path)
     assert np.argmax(np.abs(np.fft.rfft(samples[0]))) / 2 == pytest.approx(330, abs=1)
     assert recordings.cut(np.zeros((2, SAMPLE_RATE * 60), np.float32)) == []
 
 
-def test_licence_of_the_last_matching_paragraph() -> None:
+def test_license_of_takes_the_last_matching_paragraph() -> None:
     text = "Format: x\n\nFiles: *\nLicense: GPL-2+\n\n"
     text += "Files:\n base/music/David01.ogg\n base/sound/*\nLicense: CC-BY-3.0\n text\n"
-    rules = recordings._licence_rules(text)
-    assert recordings._licence(rules, "usr/base/0music.pk3/music/David01.ogg") == "CC-BY-3.0"
-    assert recordings._licence(rules, "usr/base/0music.pk3/music/other.ogg") == "GPL-2+"
-    assert recordings._licence([], "x.ogg") is None
+    rules = recordings.license_rules(text)
+    assert recordings.license_of(rules, "usr/base/0music.pk3/music/David01.ogg") == "CC-BY-3.0"
+    assert recordings.license_of(rules, "usr/base/0music.pk3/music/other.ogg") == "GPL-2+"
+    assert recordings.license_of([], "x.ogg") is None

@@ -1,4 +1,4 @@
-"""Theory, tunes, MIDI, textures and captions: what needs no program and no soundfont."""
+"""Tests of theory, tunes, MIDI, textures and captions, which need neither MMA nor a soundfont."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from presto_rt.lab.data import textures
 from presto_rt.lab.data.captions import captions, tempo_class
 from presto_rt.lab.data.compose import INSTRUMENTS, Piece, audible
 from presto_rt.lab.data.midi import DRUMS, Note, Score, from_bytes, to_bytes
-from presto_rt.lab.data.textures import KITS, Frame
+from presto_rt.lab.data.textures import KITS, LeadSheet
 from presto_rt.lab.data.theory import Key, blues, progression
 from presto_rt.lab.data.tunes import parse
 from tests.support.pitches import PITCH_CLASSES
@@ -33,15 +33,15 @@ def piece(
     bpm: int = 128,
     instruments: tuple[str, ...] = ("flute", "guitar", "drums"),
 ) -> Piece:
-    """A piece by its description; captions look at nothing else."""
+    """Make a piece without notes; captions depend on its description alone."""
     density = None if kind == "band" else "busy"
     style = "bossa nova" if kind == "band" else None
     return Piece(f"{kind}-t", kind, "c", Score(), bpm, 4, 16, 0.1, 30.0, key, style, list(instruments), density)
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda k: f"{k.name}-{k.mode}")
-def test_progressions_are_in_their_key(key: Key) -> None:
-    """Begin and end on the tonic, come to the end from a dominant or subdominant, stay on the key's degrees."""
+def test_progression_stays_in_its_key(key: Key) -> None:
+    """Progressions start and end on the tonic, close from dominant or subdominant, and use the key's degrees."""
     assert PITCH_CLASSES[key.name] == key.tonic
     for seed in range(20):
         chords = progression(random.Random(seed), key, 16, sevenths=bool(seed % 2))
@@ -55,14 +55,14 @@ def test_progressions_are_in_their_key(key: Key) -> None:
     assert blues(key, 24)[16].degree == 3
 
 
-def test_chord_names_follow_the_key_signature() -> None:
+def test_chord_name_follows_the_key_signature() -> None:
     assert Key(10, "major").chord(3).name(Key(10, "major").flats) == "Eb"
     assert Key(4, "major").chord(2).name(Key(4, "major").flats) == "G#m"
     assert Key(2, "minor").chord(5).name(Key(2, "minor").flats) == "Bb"
     assert Key(9, "minor").chord(4).name(False) == "E"
 
 
-def test_abc_tune_is_read_exactly() -> None:
+def test_parse_reads_abc_exactly() -> None:
     """Key signature, accidentals that last a bar, lengths, broken rhythm, triplets, ties, octaves, chords, upbeat."""
     tune = parse(TUNE, "t")
     assert tune is not None
@@ -78,11 +78,11 @@ def test_abc_tune_is_read_exactly() -> None:
 
 
 @pytest.mark.parametrize("change", [("K:D", "K:Ddor"), ("M:4/4", "M:5/4"), ("K:D", "K:D\nM:3/4"), ("|d8|", "|e8|")])
-def test_abc_tune_out_of_scope_is_refused(change: tuple[str, str]) -> None:
+def test_parse_rejects_unsupported_tunes(change: tuple[str, str]) -> None:
     assert parse(TUNE.replace(*change), "t") is None
 
 
-def test_midi_survives_a_round_trip() -> None:
+def test_midi_round_trips() -> None:
     rng = random.Random(3)
     notes = sorted(
         Note(rng.randrange(64) / 4, rng.randrange(16), key, 0.25, rng.randint(1, 127)) for key in range(20, 100)
@@ -97,17 +97,17 @@ def test_midi_survives_a_round_trip() -> None:
 @pytest.mark.parametrize("density", ["sparse", "medium", "busy"])
 @pytest.mark.parametrize("beats", [2, 3, 4])
 def test_textures_stay_inside_bars_and_scale(density: str, beats: int) -> None:
-    """Every part begins on the first downbeat, ends on a tonic chord, and plays notes of the key or the chord."""
+    """Each part starts on the first downbeat, ends on a tonic chord, and uses notes of the key or the chord."""
     for seed in range(12):
         rng = random.Random(seed)
         key = KEYS[seed * 2 % 24 + seed % 2]
-        frame = Frame(key, progression(rng, key, 8), beats, density)
+        sheet = LeadSheet(key, progression(rng, key, 8), beats, density)
         parts = {
-            "melody": textures.melody(rng, frame, 0, 55, 80),
-            "chords": textures.block_chords(rng, frame, 0, 48, 72),
-            "sustained": textures.sustained(rng, frame, 0, 48, 72),
-            "arpeggio": textures.arpeggio(rng, frame, 0, 44, 74),
-            "strum": textures.strum(rng, frame, 0, 40, 79),
+            "melody": textures.melody(rng, sheet, 0, 55, 80),
+            "chords": textures.block_chords(rng, sheet, 0, 48, 72),
+            "sustained": textures.sustained(rng, sheet, 0, 48, 72),
+            "arpeggio": textures.arpeggio(rng, sheet, 0, 44, 74),
+            "strum": textures.strum(rng, sheet, 0, 40, 79),
         }
         allowed = set(key.scale) | {(key.tonic + 11) % 12}
         for name, notes in parts.items():
@@ -118,15 +118,15 @@ def test_textures_stay_inside_bars_and_scale(density: str, beats: int) -> None:
             assert key.tonic in {n.key % 12 for n in closing}, name
             assert all(0 < n.velocity < 128 and n.duration > 0 for n in notes), name
         style = rng.choice(list(KITS))
-        assert all(n.channel == DRUMS and 0 <= n.start < 8 * beats for n in textures.drums(rng, frame, style))
-        assert min(n.start for n in textures.bass_line(rng, frame, 0)) == 0
+        assert all(n.channel == DRUMS and 0 <= n.start < 8 * beats for n in textures.drums(rng, sheet, style))
+        assert min(n.start for n in textures.bass_line(rng, sheet, 0, 28, 50)) == 0
 
 
 @pytest.mark.parametrize("kind", ["solo", "duo", "band"])
 @pytest.mark.parametrize("bpm", [62, 100, 171])
 @pytest.mark.parametrize("key", [KEYS[5], KEYS[20], None])
 def test_captions_are_varied_and_true(kind: str, bpm: int, key: Key | None) -> None:
-    """At least six different wordings; half name the tempo; no number, key, mode or tempo word is wrong."""
+    """Captions have at least six wordings, half name the tempo, and no number, key, mode or tempo term is wrong."""
     names = {"solo": ("piano",), "duo": ("violin", "piano"), "band": ("flute", "guitar", "drums", "bass")}[kind]
     for seed in range(30):
         texts = captions(piece(kind, key, bpm, names), seed)
@@ -135,16 +135,16 @@ def test_captions_are_varied_and_true(kind: str, bpm: int, key: Key | None) -> N
         numbers = [int(m) for t in texts for m in re.findall(r"(\d+) bpm", t, re.IGNORECASE)]
         assert numbers.count(bpm) == len(numbers) >= len(texts) / 2
         joined = " ".join(texts)
-        told = set(re.findall(r"\b([A-G][b#]?) (major|minor)", joined))
-        assert told <= ({(key.name, key.mode)} if key else set())
+        keys = set(re.findall(r"\b([A-G][b#]?) (major|minor)", joined))
+        assert keys <= ({(key.name, key.mode)} if key else set())
         assert any(n in joined for n in names)
         wrong = {
             "slow": ("fast", "upbeat", "quick"),
             "fast": ("slow", "relaxed"),
             "moderate": ("slow", "fast", "quick"),
         }
-        words = set(re.findall(r"[a-z-]+", joined))
-        assert not words & set(wrong[tempo_class(bpm)])
+        tokens = set(re.findall(r"[a-z-]+", joined))
+        assert not tokens & set(wrong[tempo_class(bpm)])
         assert "  " not in joined
         assert not any(t.startswith((" ", ",")) or t.endswith((" ", ",")) for t in texts)
 
@@ -154,16 +154,16 @@ def test_captions_are_deterministic() -> None:
     assert captions(piece(), 1) != captions(piece(), 2)
 
 
-def test_audible_names_leave_out_what_is_not_heard() -> None:
+def test_audible_omits_negligible_instruments() -> None:
     notes = [Note(b, 0, 60, 1.0, 90) for b in range(32)] + [Note(b, 1, 40, 1.0, 90) for b in range(32)]
     notes += [Note(b, DRUMS, 36, 0.1, 90) for b in range(32)] + [Note(0, 2, 60, 0.1, 30)]
     score = Score(notes, {0: 73, 1: 33, 2: 56})
-    heard = audible(score)
-    assert heard[0] == "flute"
-    assert set(heard) == {"flute", "bass", "drums"}
+    names = audible(score)
+    assert names[0] == "flute"
+    assert set(names) == {"flute", "bass", "drums"}
     assert audible(score, "violin")[0] == "violin"
     assert "trumpet" not in audible(score)
 
 
-def test_there_are_many_instruments() -> None:
+def test_instruments_have_many_names() -> None:
     assert len({i.name for i in INSTRUMENTS}) >= 25

@@ -1,6 +1,9 @@
-"""Names of pitch classes, written out here so that the tests do not lean on the code that they test."""
+"""Pitch classes by name, written out so that the tests are independent of the code under test."""
 
-# fmt: off
-PITCH_CLASSES = {"C": 0, "Db": 1, "C#": 1, "D": 2, "Eb": 3, "E": 4, "F": 5, "F#": 6, "G": 7, "Ab": 8, "G#": 8, "A": 9,
-                 "Bb": 10, "B": 11}
-# fmt: on
+PITCH_CLASSES = {
+    name: pitch_class
+    for pitch_class, names in enumerate(
+        ("C", "C# Db", "D", "D# Eb", "E", "F", "F# Gb", "G", "G# Ab", "A", "A# Bb", "B"),
+    )
+    for name in names.split()
+}

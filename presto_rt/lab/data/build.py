@@ -1,4 +1,4 @@
-"""Building a data set: parallel, deterministic for a seed, and resumable after any kind of end."""
+"""Build a data set in parallel: deterministic for a seed, and resumable after any interruption."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ...errors import InvalidInputError, PrestoError
 from .captions import captions
-from .compose import compose, plan
+from .compose import compose, plan_piece
 from .grooves import check_mma
 from .manifest import KINDS, SPLITS, Item, Manifest, collect, split_of, write_item
 from .midi import to_bytes
@@ -36,51 +36,71 @@ def build(
     recordings: bool = True,
     progress: bool = True,
 ) -> Manifest:
-    """Make `hours` of captioned music (and fetch the recordings) below `root`; what is there already is kept.
+    """Build a data set of `hours` of captioned music, and optionally the recordings, and return its manifest.
 
-    The same seed and hours give the same manifest hash with any number of workers. Every item appears whole or not
-    at all; `manifest.json` is refreshed about every two minutes and says "complete" at the end, unless a piece could
-    not be made.
+    The same seed and hours give the same manifest hash with any number of workers. Finished items below `root` are
+    kept, and each file is written atomically, so an interrupted build can be repeated. `manifest.json` is refreshed
+    every 120 s; its "complete" becomes true at the end, unless a piece failed.
 
-    Raises MissingDependencyError without mma, soundfont, tinysoundfont or music21; InvalidInputError for a root of another seed.
+    Args:
+        root: folder of the data set; created if it does not exist.
+        hours: hours of rendered music, without the recordings.
+        seed: seed of every random draw.
+        workers: processes; 1 builds in this process.
+        recordings: also fetch and cut the Debian recordings.
+        progress: print progress to stderr and a summary to stdout.
+
+    Returns:
+        The saved manifest.
+
+    Raises:
+        InvalidInputError: hours or workers are out of range, or `root` holds a data set of another seed.
+        MissingDependencyError: mma, the soundfont, tinysoundfont or music21 is not installed.
+        PrestoError: a worker process died.
     """
     folder = Path(root)
     if not 0 <= hours < math.inf or workers < 1:
-        raise InvalidInputError(f"hours must be 0 or more and workers 1 or more, not {hours:g} and {workers}")
+        raise InvalidInputError(f"hours must be 0 or more and workers 1 or more, got {hours:g} and {workers}")
     check_mma()
     soundfont()
     load_tunes()
     _check_seed(folder, seed)
-    wanted = _indices(seed, hours)
+    indices = _piece_indices(seed, hours)
     if recordings:
-        build_recordings(folder, lambda line: _say(line, progress))
+        build_recordings(folder, lambda line: _print(line, progress))
     (folder / "rendered").mkdir(parents=True, exist_ok=True)
     known = {item.id: item for item in collect(folder)}
-    todo = [i for i in wanted if _id(seed, i) not in known]
-    Manifest(folder, seed, _chosen(known, seed, wanted), complete=not todo).save()
+    missing = [i for i in indices if _id(seed, i) not in known]
+    Manifest(folder, seed, _select(known, seed, indices), complete=not missing).save()
     started, rendered, saved = time.monotonic(), 0.0, time.monotonic()
     failed = 0
-    for item in _results([(str(folder), seed, i) for i in todo], workers):
-        if isinstance(item, str):
+    for result in _run([(str(folder), seed, i) for i in missing], workers):
+        if isinstance(result, str):
             failed += 1
-            print(item, file=sys.stderr)
+            print(result, file=sys.stderr)
             continue
-        known[item.id] = item
-        rendered += item.seconds
+        known[result.id] = result
+        rendered += result.seconds
         if time.monotonic() - saved > REFRESH_SECONDS:
-            Manifest(folder, seed, _chosen(known, seed, wanted), complete=False).save()
+            Manifest(folder, seed, _select(known, seed, indices), complete=False).save()
             saved = time.monotonic()
-        _progress(rendered, started, hours, known, progress)
-    manifest = Manifest(folder, seed, _chosen(known, seed, wanted), complete=not failed)
+        if progress:
+            _print_progress(rendered, time.monotonic() - started, hours, known)
+    manifest = Manifest(folder, seed, _select(known, seed, indices), complete=not failed)
     manifest.save()
-    _say(("\n" if progress else "") + summary(manifest), progress)
+    _print("\n" + summary(manifest), progress)
     if failed:
-        print(f"{failed} pieces could not be made (see above); the same command tries them again", file=sys.stderr)
+        print(f"{failed} pieces failed (see above); repeat the command to try them again", file=sys.stderr)
     return manifest
 
 
 def make_item(root: Path, seed: int, index: int) -> Item:
-    """Compose, render and write piece `index` (WAV PCM16, then its record) and return the record."""
+    """Compose, render and write one piece, and return its record.
+
+    The audio is 44.1 kHz stereo PCM16 WAV; the record is written after it, so a record implies a complete file.
+
+    Raises MissingDependencyError without mma, soundfont or tinysoundfont, PrestoError if MMA fails.
+    """
     import numpy as np
     import soundfile
 
@@ -119,7 +139,7 @@ def make_item(root: Path, seed: int, index: int) -> Item:
 
 
 def summary(manifest: Manifest) -> str:
-    """How many hours of what, one line a kind."""
+    """Table of hours by kind and split, with the number of items and the hash."""
     lines = [f"{'':12}" + "".join(f"{split:>9}" for split in SPLITS) + "    hours"]
     for kind in KINDS:
         row = [manifest.hours(kind, split) for split in SPLITS]
@@ -129,24 +149,26 @@ def summary(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def _results(jobs: list[tuple[str, int, int]], workers: int) -> Iterator[Item | str]:
-    """Items (or what went wrong) as they are finished: here with one worker, else in that many processes."""
+def _run(jobs: list[tuple[str, int, int]], workers: int) -> Iterator[Item | str]:
+    """Yield the item or error message of each job as it finishes, in `workers` processes if there are several."""
     if workers == 1 or len(jobs) < 2:
-        yield from map(_make, jobs)
+        yield from map(_run_job, jobs)
         return
     # Spawned, not forked: numerical libraries may have started threads.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_quiet) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_ignore_interrupts) as pool:
         try:
-            for done in as_completed([pool.submit(_make, job) for job in jobs]):
-                yield done.result()
+            for future in as_completed([pool.submit(_run_job, job) for job in jobs]):
+                yield future.result()
         except BrokenProcessPool as error:
-            raise PrestoError("a worker died (out of memory?): run again with fewer --workers, it goes on") from error
+            raise PrestoError(
+                "a worker process died, possibly out of memory; repeat the command with fewer --workers to continue"
+            ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _make(job: tuple[str, int, int]) -> Item | str:
+def _run_job(job: tuple[str, int, int]) -> Item | str:
     root, seed, index = job
     try:
         return make_item(Path(root), seed, index)
@@ -154,55 +176,56 @@ def _make(job: tuple[str, int, int]) -> Item | str:
         return f"piece {index}: {error}"
 
 
-def _quiet() -> None:
-    """Workers leave an interrupt to the parent, which ends them."""
+def _ignore_interrupts() -> None:
+    """Ignore SIGINT in a worker; the parent process handles it and ends the pool."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _indices(seed: int, hours: float) -> list[int]:
-    """The pieces that make up `hours`; kinds are drawn independently, so every prefix is representative."""
+def _piece_indices(seed: int, hours: float) -> list[int]:
+    """Indices of the pieces that make up `hours`; kinds are drawn independently, so every prefix is representative."""
     total = 0.0
-    chosen: list[int] = []
+    indices: list[int] = []
     while total < hours * 3600:
-        chosen.append(len(chosen))
-        total += plan(seed, chosen[-1]).seconds
-    return chosen
+        indices.append(len(indices))
+        total += plan_piece(seed, indices[-1]).seconds
+    return indices
 
 
 def _id(seed: int, index: int) -> str:
-    return f"{plan(seed, index).kind}-{seed}-{index:06d}"
+    return f"{plan_piece(seed, index).kind}-{seed}-{index:06d}"
 
 
-def _chosen(known: dict[str, Item], seed: int, wanted: list[int]) -> list[Item]:
-    """Recordings, and the pieces that belong to this build."""
-    ids = {_id(seed, i) for i in wanted}
+def _select(known: dict[str, Item], seed: int, indices: list[int]) -> list[Item]:
+    """All recordings and the pieces of this build, ordered by id."""
+    ids = {_id(seed, i) for i in indices}
     return [item for _, item in sorted(known.items()) if item.kind == "recording" or item.id in ids]
 
 
 def _check_seed(folder: Path, seed: int) -> None:
     try:
-        other = json.loads((folder / "manifest.json").read_text())["seed"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged one is written anew
+        existing = json.loads((folder / "manifest.json").read_text())["seed"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged manifest is rewritten
         return
-    if other != seed:
-        raise InvalidInputError(f"{folder} holds a data set of seed {other}: give --seed {other} or another --root")
+    if existing != seed:
+        raise InvalidInputError(
+            f"{folder} holds a data set of seed {existing}; pass --seed {existing} or another --root"
+        )
 
 
-def _progress(rendered: float, started: float, hours: float, known: dict[str, Item], show: bool) -> None:
-    if not show:
-        return
-    speed = rendered / max(time.monotonic() - started, 1e-9)
+def _print_progress(rendered: float, elapsed: float, hours: float, known: dict[str, Item]) -> None:
+    speed = rendered / max(elapsed, 1e-9)
     done = sum(i.seconds for i in known.values() if i.kind != "recording") / 3600
-    left = max(0.0, hours - done) * 3600 / max(speed, 1e-9)
+    remaining = max(0.0, hours - done) * 3600 / max(speed, 1e-9)
     filled = round(24 * min(1.0, done / max(hours, 1e-9)))
     bar = "#" * filled + "-" * (24 - filled)
     end = "\r" if sys.stderr.isatty() else "\n"
-    line = f"[{bar}] {done:6.2f} of {hours:g} h  {speed:5.0f}x real time  {int(left // 60)}:{int(left % 60):02d} left"
+    countdown = f"{int(remaining // 60)}:{int(remaining % 60):02d} left"
+    line = f"[{bar}] {done:6.2f} of {hours:g} h  {speed:5.0f}x real time  {countdown}"
     print(line, end=end, file=sys.stderr, flush=True)
 
 
-def _say(line: str, show: bool) -> None:
+def _print(line: str, show: bool) -> None:
     if show:
         print(line, flush=True)

@@ -1,4 +1,4 @@
-"""Captions in the words people type, from the parameters a piece was made with: nothing is said that is not so."""
+"""Write captions as people type them, from the known parameters of a composed piece."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 from .compose import Piece
 
-_TEMPO_WORDS = {
+_TEMPO_TERMS = {
     "slow": ("slow", "slow", "slow tempo", "relaxed", "unhurried"),
     "moderate": ("moderate", "mid-tempo", "medium tempo", "moderate tempo", "steady"),
     "fast": ("fast", "upbeat", "up-tempo", "fast", "quick", "energetic"),
@@ -24,36 +24,37 @@ _DENSITY = {"sparse": ("sparse", "simple", "minimal"), "medium": ("flowing",), "
 
 
 def tempo_class(bpm: float) -> str:
-    """ "slow" below 85 bpm, "fast" above 120, else "moderate"."""
+    """Return "slow" below 85 bpm, "fast" above 120 bpm, else "moderate"."""
     return "slow" if bpm < 85 else "fast" if bpm > 120 else "moderate"
 
 
 def captions(piece: Piece, seed: int, count: int = 8) -> list[str]:
-    """`count` different captions; at least half give the tempo as "NN bpm".
+    """Write up to `count` different captions of a piece, deterministic for (piece.id, seed).
 
-    Deterministic for (piece.id, seed). Each takes its own subset of instruments, style, tempo, key, mood and density.
+    Each caption uses its own subset of instruments, style, tempo, key, mood and density. At least half name the tempo
+    as "NN bpm".
     """
     rng = random.Random(f"captions {seed} {piece.id}")
-    forms = [_short, _classic, _sentence, _tags, _with_key, _for_style]
-    made: list[str] = []
+    templates = [_short, _classic, _sentence, _tags, _with_key, _for_style]
+    texts: list[str] = []
     attempt = 0
-    while len(made) < count and attempt < 200:
-        form = forms[attempt % len(forms)]
-        # Six of the first eight say the number, so that at least half do whatever repeats are dropped.
-        text = " ".join(form(rng, _Words(rng, piece), len(made) % 4 != 3).split()).replace(" ,", ",")
-        if text not in made:
-            made.append(text)
+    while len(texts) < count and attempt < 200:
+        template = templates[attempt % len(templates)]
+        # Six of eight captions name the tempo, so at least half still do after duplicates are dropped.
+        text = " ".join(template(rng, _Vocabulary(rng, piece), len(texts) % 4 != 3).split()).replace(" ,", ",")
+        if text not in texts:
+            texts.append(text)
         attempt += 1
-    return made
+    return texts
 
 
-class _Words:
-    """Words for one caption, drawn once so that it does not contradict itself."""
+class _Vocabulary:
+    """Vocabulary of one caption, drawn once so that the caption does not contradict itself."""
 
     def __init__(self, rng: random.Random, piece: Piece) -> None:
         tempo = tempo_class(piece.bpm)
         self.bpm = f"{piece.bpm} bpm" if rng.random() < 0.8 else f"{piece.bpm} BPM"
-        self.tempo = rng.choice(_TEMPO_WORDS[tempo])
+        self.tempo = rng.choice(_TEMPO_TERMS[tempo])
         self.mood = rng.choice(_MOODS[(piece.key.mode, tempo)] if piece.key else _NO_MODE[tempo])
         self.key = f"{piece.key.name} {piece.key.mode}" if piece.key else ""
         self.style = piece.style or ""
@@ -71,7 +72,7 @@ class _Words:
         self.instruments = names
 
     def listing(self) -> str:
-        """ "flute", "flute and guitar", "flute, guitar and drums"."""
+        """Join the instruments: "flute", "flute and guitar", "flute, guitar and drums"."""
         names = self.instruments
         return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
@@ -80,63 +81,73 @@ def _article(text: str) -> str:
     return ("an " if text[0] in "aeiou" else "a ") + text
 
 
-def _short(rng: random.Random, w: _Words, number: bool) -> str:
-    """ "slow piano, 70 bpm"."""
-    subject = w.style + " " + w.instruments[0] if w.kind != "band" and rng.random() < 0.5 else w.style or w.listing()
-    lead = rng.choice((w.tempo, w.mood, "")) if number else rng.choice((w.tempo, w.mood))
-    subject = subject if w.kind == "band" or w.instruments[0] in subject else f"{subject} {w.listing()}"
-    return f"{lead} {subject}" + (f", {w.bpm}" if number else "")
+def _short(rng: random.Random, vocab: _Vocabulary, name_tempo: bool) -> str:
+    """Caption such as "slow piano, 70 bpm"."""
+    subject = (
+        vocab.style + " " + vocab.instruments[0]
+        if vocab.kind != "band" and rng.random() < 0.5
+        else vocab.style or vocab.listing()
+    )
+    lead = rng.choice((vocab.tempo, vocab.mood, "")) if name_tempo else rng.choice((vocab.tempo, vocab.mood))
+    subject = subject if vocab.kind == "band" or vocab.instruments[0] in subject else f"{subject} {vocab.listing()}"
+    return f"{lead} {subject}" + (f", {vocab.bpm}" if name_tempo else "")
 
 
-def _classic(rng: random.Random, w: _Words, number: bool) -> str:
-    """ "slow sad piano in D minor, 70 bpm"."""
-    first = "" if w.mood == w.tempo else w.tempo
-    key = f" in {w.key}" if w.key and rng.random() < 0.7 else ""
-    if w.kind == "band":
-        body = f"{w.style} with {w.listing()}"
+def _classic(rng: random.Random, vocab: _Vocabulary, name_tempo: bool) -> str:
+    """Caption such as "slow sad piano in D minor, 70 bpm"."""
+    first = "" if vocab.mood == vocab.tempo else vocab.tempo
+    key = f" in {vocab.key}" if vocab.key and rng.random() < 0.7 else ""
+    if vocab.kind == "band":
+        body = f"{vocab.style} with {vocab.listing()}"
     else:
-        body = f"{w.listing()} {rng.choice(('', w.style, 'music', w.kind))}"
-    return f"{first} {w.mood} {body}{key}" + (f", {w.bpm}" if number else "")
+        body = f"{vocab.listing()} {rng.choice(('', vocab.style, 'music', vocab.kind))}"
+    return f"{first} {vocab.mood} {body}{key}" + (f", {vocab.bpm}" if name_tempo else "")
 
 
-def _sentence(rng: random.Random, w: _Words, number: bool) -> str:
-    """ "an upbeat bossa nova with flute and guitar, 128 bpm"."""
-    noun = w.style if w.style and w.style not in ("jazz", "folk", "funk", "rock", "metal") else f"{w.style} piece"
-    if w.kind != "band" and rng.random() < 0.5:
-        noun = f"{w.style} {w.kind}"
-    elif w.kind == "band" and not w.style:
+def _sentence(rng: random.Random, vocab: _Vocabulary, name_tempo: bool) -> str:
+    """Caption such as "an upbeat bossa nova with flute and guitar, 128 bpm"."""
+    noun = (
+        vocab.style
+        if vocab.style and vocab.style not in ("jazz", "folk", "funk", "rock", "metal")
+        else f"{vocab.style} piece"
+    )
+    if vocab.kind != "band" and rng.random() < 0.5:
+        noun = f"{vocab.style} {vocab.kind}"
+    elif vocab.kind == "band" and not vocab.style:
         noun = "band piece"
-    key = f" in {w.key}" if w.key and rng.random() < 0.35 else ""
-    at = rng.choice((f", {w.bpm}", f" at {w.bpm}")) if number else ""
-    head = _article(f"{rng.choice((w.mood, w.tempo))} {noun.strip()}")
-    joint = "for" if w.kind != "band" and rng.random() < 0.5 else "with"
-    return f"{head} {joint} {w.listing()}{key}{at}"
+    key = f" in {vocab.key}" if vocab.key and rng.random() < 0.35 else ""
+    tempo = rng.choice((f", {vocab.bpm}", f" at {vocab.bpm}")) if name_tempo else ""
+    head = _article(f"{rng.choice((vocab.mood, vocab.tempo))} {noun.strip()}")
+    joint = "for" if vocab.kind != "band" and rng.random() < 0.5 else "with"
+    return f"{head} {joint} {vocab.listing()}{key}{tempo}"
 
 
-def _tags(rng: random.Random, w: _Words, number: bool) -> str:
-    """ "flute, guitar, bossa nova, 128 bpm, D major, cheerful"."""
-    tags = [t for t in (w.style, w.key, w.mood, w.tempo, w.density) if t]
+def _tags(rng: random.Random, vocab: _Vocabulary, name_tempo: bool) -> str:
+    """Caption such as "flute, guitar, bossa nova, 128 bpm, D major, cheerful"."""
+    tags = [t for t in (vocab.style, vocab.key, vocab.mood, vocab.tempo, vocab.density) if t]
     rng.shuffle(tags)
-    tags = [*w.instruments, *tags[: rng.randint(1, 3)]]
-    if number:
-        tags.insert(rng.randint(1, len(tags)), w.bpm)
+    tags = [*vocab.instruments, *tags[: rng.randint(1, 3)]]
+    if name_tempo:
+        tags.insert(rng.randint(1, len(tags)), vocab.bpm)
     return ", ".join(dict.fromkeys(tags))
 
 
-def _with_key(rng: random.Random, w: _Words, number: bool) -> str:
-    """ "D minor, 70 bpm, solo piano"."""
-    subject = {"solo": f"solo {w.instruments[0]}", "duo": f"{w.listing()} duo", "band": f"{w.style} band"}[w.kind]
-    if w.kind == "solo" and rng.random() < 0.5:
-        subject = f"{w.density} {w.instruments[0]} solo"
-    parts = [p for p in (w.key, w.bpm if number else w.tempo, subject) if p]
+def _with_key(rng: random.Random, vocab: _Vocabulary, name_tempo: bool) -> str:
+    """Caption such as "D minor, 70 bpm, solo piano"."""
+    subject = {"solo": f"solo {vocab.instruments[0]}", "duo": f"{vocab.listing()} duo", "band": f"{vocab.style} band"}[
+        vocab.kind
+    ]
+    if vocab.kind == "solo" and rng.random() < 0.5:
+        subject = f"{vocab.density} {vocab.instruments[0]} solo"
+    parts = [p for p in (vocab.key, vocab.bpm if name_tempo else vocab.tempo, subject) if p]
     rng.shuffle(parts)
     return ", ".join(parts)
 
 
-def _for_style(rng: random.Random, w: _Words, number: bool) -> str:
-    """ "cheerful bossa nova music, flute melody, fast"."""
-    music = f"{w.mood} {w.style} music" if w.style else f"{w.mood} music"
-    played = f"played on {w.listing()}" if w.kind == "solo" else f"with {w.listing()}"
-    return f"{music} {played}, " + (
-        f"{w.tempo}, {w.bpm}" if number and rng.random() < 0.5 else w.bpm if number else w.tempo
+def _for_style(rng: random.Random, vocab: _Vocabulary, name_tempo: bool) -> str:
+    """Caption such as "cheerful bossa nova music with flute, fast"."""
+    subject = f"{vocab.mood} {vocab.style} music" if vocab.style else f"{vocab.mood} music"
+    ensemble = f"played on {vocab.listing()}" if vocab.kind == "solo" else f"with {vocab.listing()}"
+    return f"{subject} {ensemble}, " + (
+        f"{vocab.tempo}, {vocab.bpm}" if name_tempo and rng.random() < 0.5 else vocab.bpm if name_tempo else vocab.tempo
     )

@@ -1,30 +1,23 @@
-"""`presto-rt lab data build` and `presto-rt lab data info`."""
+"""Commands `presto-rt data build` and `presto-rt data info`."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
-
-from ...errors import PrestoError
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the `data` command to the main parser's subparsers; it sets `run(args) -> int`."""
+    """Add `data` to the main parser's sub-commands; its `run(args)` returns the exit status."""
     data = subparsers.add_parser("data", help="build or describe the training data set")
-    add_commands(data.add_subparsers(dest="data_command", required=True))
-
-
-def add_commands(commands: Any) -> None:
-    """Add `build` and `info`."""
+    commands = data.add_subparsers(dest="data_command", required=True)
     build = commands.add_parser("build", help="compose and render captioned music, fetch free recordings")
     build.add_argument("--root", default="data", help="folder of the data set (default: data)")
     build.add_argument("--hours", type=float, default=25.0, help="hours of rendered music (default: 25)")
     build.add_argument("--seed", type=int, default=0, help="the same seed gives the same pieces (default: 0)")
     build.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
-    build.add_argument("--no-recordings", action="store_true", help="leave the Debian recordings out")
+    build.add_argument("--no-recordings", action="store_true", help="omit the Debian recordings")
     build.set_defaults(run=_build)
-    info = commands.add_parser("info", help="hours by kind and split")
+    info = commands.add_parser("info", help="print hours by kind and split")
     info.add_argument("--root", default="data", help="folder of the data set (default: data)")
     info.set_defaults(run=_info)
 
@@ -42,19 +35,3 @@ def _info(args: argparse.Namespace) -> int:
 
     print(summary(load_manifest(args.root)))
     return 0
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run as `python -m presto_rt.lab.data.cli build ...`."""
-    parser = argparse.ArgumentParser(prog="presto-rt lab data", description="build or describe the training data set")
-    add_commands(parser.add_subparsers(dest="command", required=True))
-    args = parser.parse_args(arguments)
-    try:
-        return int(args.run(args))
-    except PrestoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

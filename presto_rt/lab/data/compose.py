@@ -1,19 +1,17 @@
-"""Composing pieces: everything about piece `index` of a data set follows from (seed, index).
-
-A third solos, a quarter duos, the rest bands; tempo constant, key and tempo drawn broadly.
-"""
+"""Compose pieces: solos, duos and bands of constant tempo, each a deterministic function of (seed, index)."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from . import textures
 from .gm import name_of
 from .grooves import GROOVES, Groove, arrange
 from .midi import DRUMS, Note, Score
-from .textures import Frame
+from .textures import LeadSheet
 from .theory import Chord, Key, blues, progression, random_key
 from .tunes import Tune, load_tunes
 
@@ -24,7 +22,15 @@ LONG_SHARE = 0.08
 
 @dataclass(frozen=True)
 class Instrument:
-    """A solo instrument: its GM program, range, and the textures that suit it with their weights."""
+    """A playable instrument.
+
+    Args:
+        program: General MIDI program, 0..127.
+        low: lowest MIDI key.
+        high: highest MIDI key.
+        textures: relative weight of each texture the instrument can play.
+        weight: relative frequency among solo instruments.
+    """
 
     program: int
     low: int
@@ -34,7 +40,7 @@ class Instrument:
 
     @property
     def name(self) -> str:
-        """Its everyday name."""
+        """Common name of the instrument, such as "electric piano"."""
         return name_of(self.program) or "synth"
 
 
@@ -81,16 +87,29 @@ INSTRUMENTS = [
     Instrument(108, 52, 84, {"arpeggio": 3, "melody": 1}, 0.4),
 ]
 _DRUMS_WEIGHT = 3.0
-_SINGERS = [i for i in INSTRUMENTS if "melody" in i.textures and i.program not in (19, 16, 52, 48)] + [INSTRUMENTS[0]]
+_LEAD_INSTRUMENTS = [i for i in INSTRUMENTS if "melody" in i.textures and i.program not in (19, 16, 52, 48)] + [
+    INSTRUMENTS[0]
+]
 _BACKINGS = [i for i in INSTRUMENTS if i.program in (0, 4, 16, 19, 24, 25, 27, 46, 48, 52, 89, 21, 11, 6)]
 _BACKING_TEXTURES = {"hands": "chords"}
 _CHORDAL = {"chords": textures.block_chords, "arpeggio": textures.arpeggio, "sustained": textures.sustained}
-Made = tuple[Score, str | None, list[str]]  # notes, style, instruments
+
+
+class Arrangement(NamedTuple):
+    """Score of a piece with its style (None without one) and its audible instruments, the lead first."""
+
+    score: Score
+    style: str | None
+    instruments: list[str]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A composed piece and the truth about it. `offset` is the time of the first downbeat, in seconds."""
+    """A composed piece with its ground truth.
+
+    `offset` is the time of the first downbeat in seconds, `bpm` the tempo in quarter notes a minute; `key` is None for
+    drum solos, `density` None for bands and tunes.
+    """
 
     id: str
     kind: str
@@ -108,8 +127,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is known before composing: enough to count seconds without making anything."""
+class PiecePlan:
+    """Parameters of a piece that are drawn before composing, so that its length is known without composing it."""
 
     index: int
     kind: str
@@ -120,12 +139,15 @@ class Plan:
     composition: str
     groove: Groove | None
     tune: Tune | None
-    instrument: Instrument | None  # None: a drum solo
+    instrument: Instrument | None  # None for bands and drum solos
     seconds: float
 
 
-def plan(seed: int, index: int) -> Plan:
-    """Draw kind, meter, tempo and length of piece `index`; 34-50 s, one in twelve 96-110 s."""
+def plan_piece(seed: int, index: int) -> PiecePlan:
+    """Draw kind, meter, tempo and length of a piece: 34 to 50 s, 8 % of them 96 to 110 s.
+
+    Raises MissingDependencyError without music21, which ships the traditional tunes.
+    """
     rng = random.Random(f"plan {seed} {index}")
     kind = rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))[0]
     target = rng.uniform(96, 110) if rng.random() < LONG_SHARE else rng.uniform(34, 50)
@@ -138,23 +160,24 @@ def plan(seed: int, index: int) -> Plan:
         tune_share = 0.15 if groove.harmony == "triads" else 0.0
     else:
         weights = [i.weight for i in INSTRUMENTS]
-        drawn = (
-            rng.choices([*INSTRUMENTS, None], [*weights, _DRUMS_WEIGHT])[0] if kind == "solo" else rng.choice(_SINGERS)
+        instrument = (
+            rng.choices([*INSTRUMENTS, None], [*weights, _DRUMS_WEIGHT])[0]
+            if kind == "solo"
+            else rng.choice(_LEAD_INSTRUMENTS)
         )
-        instrument = drawn
         beats, bpm = rng.choice((4, 4, 4, 3)), rng.randint(60, 180)
-        can_sing = instrument is not None and {"melody", "hands"} & set(instrument.textures)
-        tune_share = 0.3 if can_sing else 0.0
+        plays_melody = instrument is not None and {"melody", "hands"} & set(instrument.textures)
+        tune_share = 0.3 if plays_melody else 0.0
     if rng.random() < tune_share:
-        fitting = [t for t in load_tunes() if kind != "band" or (t.beats_per_bar == beats and not t.compound)]
-        tune = rng.choice(fitting)
+        candidates = [t for t in load_tunes() if kind != "band" or (t.beats_per_bar == beats and not t.compound)]
+        tune = rng.choice(candidates)
         if kind != "band":
             beats, bpm = tune.beats_per_bar, rng.randint(60, 150)
     offset = round(rng.uniform(0.02, 0.25), 3)
     bar_seconds = beats * 60 / bpm
     bars = max(4, round((target - TAIL_SECONDS - offset) / bar_seconds))
     composition = f"tune:{tune.id}" if tune else f"chords:{seed}:{index}"
-    return Plan(
+    return PiecePlan(
         index,
         kind,
         bpm,
@@ -170,37 +193,40 @@ def plan(seed: int, index: int) -> Plan:
 
 
 def compose(seed: int, index: int) -> Piece:
-    """Compose piece `index`. Raises MissingDependencyError for bands without MMA."""
-    the_plan = plan(seed, index)
+    """Compose a piece.
+
+    Raises MissingDependencyError without music21, or for bands without MMA; PrestoError if MMA fails.
+    """
+    plan = plan_piece(seed, index)
     rng = random.Random(f"compose {seed} {index}")
     key = random_key(rng)
-    density = _density(rng, the_plan.bpm)
+    density = _density(rng, plan.bpm)
     melody: list[Note] | None = None
-    if the_plan.tune:
-        key = Key(rng.randrange(12), the_plan.tune.key.mode)
-        melody, chords = _fit_tune(rng, the_plan.tune, key, the_plan.bars)
+    if plan.tune:
+        key = Key(rng.randrange(12), plan.tune.key.mode)
+        melody, chords = _fit_tune(rng, plan.tune, key, plan.bars)
     else:
-        chords = _chords(rng, the_plan, key)
-    swing = bool(the_plan.groove and the_plan.groove.harmony == "sevenths" and "swing" in the_plan.groove.style)
-    frame = Frame(key, chords, the_plan.beats, density, swing)
-    made = {"solo": _solo, "duo": _duo, "band": _band}[the_plan.kind](rng, the_plan, frame, melody)
-    score, style, instruments = made
-    score = _inside(score, the_plan)
+        chords = _chords(rng, plan, key)
+    swing = bool(plan.groove and plan.groove.harmony == "sevenths" and "swing" in plan.groove.style)
+    sheet = LeadSheet(key, chords, plan.beats, density, swing)
+    arranger = {"solo": _solo, "duo": _duo, "band": _band}[plan.kind]
+    score, style, instruments = arranger(rng, plan, sheet, melody)
+    score = _trim(score, plan)
     drums_only = instruments == ["drums"]
     return Piece(
-        id=f"{the_plan.kind}-{seed}-{index:06d}",
-        kind=the_plan.kind,
-        composition=the_plan.composition,
+        id=f"{plan.kind}-{seed}-{index:06d}",
+        kind=plan.kind,
+        composition=plan.composition,
         score=score,
-        bpm=the_plan.bpm,
-        beats_per_bar=the_plan.beats,
-        bars=the_plan.bars,
-        offset=the_plan.offset,
-        seconds=the_plan.seconds,
+        bpm=plan.bpm,
+        beats_per_bar=plan.beats,
+        bars=plan.bars,
+        offset=plan.offset,
+        seconds=plan.seconds,
         key=None if drums_only else key,
         style=style,
         instruments=instruments,
-        density=None if the_plan.kind == "band" or the_plan.tune else density,
+        density=None if plan.kind == "band" or plan.tune else density,
     )
 
 
@@ -209,24 +235,22 @@ def _density(rng: random.Random, bpm: int) -> str:
     return rng.choices(("sparse", "medium", "busy"), weights)[0]
 
 
-def _chords(rng: random.Random, the_plan: Plan, key: Key) -> list[Chord]:
-    harmony = (
-        the_plan.groove.harmony if the_plan.groove else rng.choices(("triads", "sevenths", "blues"), (8, 1.5, 0.5))[0]
-    )
+def _chords(rng: random.Random, plan: PiecePlan, key: Key) -> list[Chord]:
+    harmony = plan.groove.harmony if plan.groove else rng.choices(("triads", "sevenths", "blues"), (8, 1.5, 0.5))[0]
     if harmony == "blues":
-        return blues(key, the_plan.bars)
-    return progression(rng, key, the_plan.bars, sevenths=harmony == "sevenths")
+        return blues(key, plan.bars)
+    return progression(rng, key, plan.bars, sevenths=harmony == "sevenths")
 
 
 def _fit_tune(rng: random.Random, tune: Tune, key: Key, bars: int) -> tuple[list[Note], list[Chord]]:
-    """Repeat a tune over `bars` bars in a new key, closing on the tonic, with the best fitting triad for each bar."""
+    """Repeat a tune over `bars` bars in a new key, closing on the tonic, and fit a triad to each bar."""
     shift = (key.tonic - tune.key.tonic) % 12
     length = tune.bars * tune.beats_per_bar
     end = (bars - 1) * tune.beats_per_bar
     notes = []
-    for turn in range(-(-bars // tune.bars)):
+    for repeat in range(-(-bars // tune.bars)):
         for start, duration, pitch in tune.notes:
-            onset = start + turn * length
+            onset = start + repeat * length
             if onset < end:
                 notes.append((onset, min(duration, end - onset), pitch + shift))
     closing = textures.nearest(notes[-1][2], (key.tonic,), 30, 100)
@@ -234,17 +258,17 @@ def _fit_tune(rng: random.Random, tune: Tune, key: Key, bars: int) -> tuple[list
     chords = []
     for bar in range(bars):
         low, high = bar * tune.beats_per_bar, (bar + 1) * tune.beats_per_bar
-        inside = [(p % 12, d * (1.5 if s == low else 1)) for s, d, p in notes if low <= s < high]
+        weighted = [(p % 12, d * (1.5 if s == low else 1)) for s, d, p in notes if low <= s < high]
         options = [key.chord(d) for d in (0, 4, 3, 5)]
         bias = (0.4, 0.2, 0.1, 0.0)
-        fits = [b + sum(d for p, d in inside if p in c.tones) for c, b in zip(options, bias, strict=True)]
+        fits = [b + sum(d for p, d in weighted if p in c.tones) for c, b in zip(options, bias, strict=True)]
         chords.append(options[fits.index(max(fits))])
     chords[-1] = key.chord(0)
     return textures.tune(tuple(notes), rng, 0, 0), chords
 
 
-def _placed(notes: list[Note], channel: int, low: int, high: int) -> list[Note]:
-    """A given melody moved by octaves into a range; single notes outside are folded back."""
+def _fit_range(notes: list[Note], channel: int, low: int, high: int) -> list[Note]:
+    """Move a melody by octaves into a range; notes still outside are folded back one by one."""
     middle = sum(n.key for n in notes) / len(notes)
     shift = 12 * round(((low + high) / 2 - middle) / 12)
     moved = []
@@ -259,70 +283,68 @@ def _placed(notes: list[Note], channel: int, low: int, high: int) -> list[Note]:
 
 
 def _part(
-    rng: random.Random, frame: Frame, instrument: Instrument, texture: str, channel: int, melody: list[Note] | None
+    rng: random.Random, sheet: LeadSheet, instrument: Instrument, texture: str, channel: int, melody: list[Note] | None
 ) -> list[Note]:
     low, high = instrument.low, instrument.high
     if texture == "melody":
         middle = min(low + 12 + rng.randint(0, 6), high - 7)
         if melody is not None:
-            return _placed(melody, channel, low, high)
-        return textures.melody(rng, frame, channel, max(low, middle - 9), min(high, middle + 11))
+            return _fit_range(melody, channel, low, high)
+        return textures.melody(rng, sheet, channel, max(low, middle - 9), min(high, middle + 11))
     if texture == "hands":
         split = max(low + 12, 58)
-        upper = _part(rng, frame, replace(instrument, low=split, high=min(split + 24, high)), "melody", channel, melody)
+        upper = _part(rng, sheet, replace(instrument, low=split, high=min(split + 24, high)), "melody", channel, melody)
         left = rng.choice((textures.arpeggio, textures.block_chords, textures.bass_line))
-        calm = replace(frame, density="sparse" if frame.density == "sparse" else "medium")
+        calm = replace(sheet, density="sparse" if sheet.density == "sparse" else "medium")
         bottom = max(low, 36)
         lower = left(rng, calm, channel, bottom, split - 1)
         return upper + [replace(n, velocity=max(30, n.velocity - 14)) for n in lower]
     if texture == "bass":
-        return textures.bass_line(rng, frame, channel, low, high)
+        return textures.bass_line(rng, sheet, channel, low, high)
     if texture == "strum":
-        return textures.strum(rng, frame, channel, low, high)
+        return textures.strum(rng, sheet, channel, low, high)
     function = _CHORDAL[texture]
     base = low + rng.randint(2, 8) if texture == "arpeggio" else max(low, 46)
-    return function(rng, frame, channel, base, min(high, base + (30 if texture == "arpeggio" else 24)))
+    return function(rng, sheet, channel, base, min(high, base + (30 if texture == "arpeggio" else 24)))
 
 
-def _solo(rng: random.Random, the_plan: Plan, frame: Frame, melody: list[Note] | None) -> Made:
-    instrument = the_plan.instrument
+def _solo(rng: random.Random, plan: PiecePlan, sheet: LeadSheet, melody: list[Note] | None) -> Arrangement:
+    instrument = plan.instrument
     if instrument is None:
         style = rng.choice(list(textures.KITS))
-        notes = textures.drums(rng, frame, style)
-        return Score(notes, {DRUMS: 0}), ("waltz" if frame.beats == 3 else style), ["drums"]
+        notes = textures.drums(rng, sheet, style)
+        return Arrangement(Score(notes, {DRUMS: 0}), "waltz" if sheet.beats == 3 else style, ["drums"])
     usable = {t: w for t, w in instrument.textures.items() if melody is None or t in ("melody", "hands")}
     texture = rng.choices(list(usable), list(usable.values()))[0]
-    notes = _part(rng, frame, instrument, texture, 0, melody)
-    return Score(notes, {0: instrument.program}), _plain_style(the_plan, frame), [instrument.name]
+    notes = _part(rng, sheet, instrument, texture, 0, melody)
+    return Arrangement(Score(notes, {0: instrument.program}), _default_style(plan, sheet), [instrument.name])
 
 
-def _duo(rng: random.Random, the_plan: Plan, frame: Frame, melody: list[Note] | None) -> Made:
-    singer = the_plan.instrument
-    assert singer is not None
-    lead = _part(rng, frame, singer, "melody", 0, melody)
-    score = Score(lead, {0: singer.program}, {(0, 10): 52, (1, 10): 76, (0, 7): 112, (1, 7): 88})
+def _duo(rng: random.Random, plan: PiecePlan, sheet: LeadSheet, melody: list[Note] | None) -> Arrangement:
+    soloist = plan.instrument
+    assert soloist is not None
+    lead = _part(rng, sheet, soloist, "melody", 0, melody)
+    score = Score(lead, {0: soloist.program}, {(0, 10): 52, (1, 10): 76, (0, 7): 112, (1, 7): 88})
     if rng.random() < 0.12:
         style = rng.choice(list(textures.KITS))
-        score.notes = lead + textures.drums(rng, frame, style)
+        score.notes = lead + textures.drums(rng, sheet, style)
         score.programs[DRUMS] = 0
-        return score, ("waltz" if frame.beats == 3 else style), [singer.name, "drums"]
-    backing = rng.choice([b for b in _BACKINGS if b.name != singer.name])
+        return Arrangement(score, "waltz" if sheet.beats == 3 else style, [soloist.name, "drums"])
+    backing = rng.choice([b for b in _BACKINGS if b.name != soloist.name])
     options = [t for t in backing.textures if t != "melody"]
     texture = rng.choice(options)
     texture = _BACKING_TEXTURES.get(texture, texture)
     lower = replace(backing, high=min(backing.high, 74))
-    score.notes = lead + _part(rng, frame, lower, texture, 1, None)
+    score.notes = lead + _part(rng, sheet, lower, texture, 1, None)
     score.programs[1] = backing.program
-    return score, _plain_style(the_plan, frame), [singer.name, backing.name]
+    return Arrangement(score, _default_style(plan, sheet), [soloist.name, backing.name])
 
 
-def _band(rng: random.Random, the_plan: Plan, frame: Frame, melody: list[Note] | None) -> Made:
-    groove = the_plan.groove
+def _band(rng: random.Random, plan: PiecePlan, sheet: LeadSheet, melody: list[Note] | None) -> Arrangement:
+    groove = plan.groove
     assert groove is not None
-    flats = frame.key.flats
-    score = arrange(
-        groove.name, frame.chords, flats=flats, beats=frame.beats, bpm=the_plan.bpm, seed=rng.randrange(2**31)
-    )
+    flats = sheet.key.flats
+    score = arrange(groove.name, sheet.chords, flats=flats, bpm=plan.bpm, seed=rng.randrange(2**31))
     silent = {c for c in {n.channel for n in score.notes} if c != DRUMS and name_of(score.programs.get(c, 0)) is None}
     score.notes = [n for n in score.notes if n.channel not in silent]
     score.controls = {k: v for k, v in score.controls.items() if k[1] != 7 or v >= 40}
@@ -330,46 +352,51 @@ def _band(rng: random.Random, the_plan: Plan, frame: Frame, melody: list[Note] |
         score.controls.setdefault((channel, 10), rng.randint(36, 92))
     lead_name = None
     if melody is not None or rng.random() < 0.75:
-        singer = rng.choice(_SINGERS)
+        soloist = rng.choice(_LEAD_INSTRUMENTS)
         free = next(c for c in range(16) if c != DRUMS and all(n.channel != c for n in score.notes))
-        lead = _part(rng, frame, singer, "melody", free, melody)
+        lead = _part(rng, sheet, soloist, "melody", free, melody)
         score.notes = score.notes + [replace(n, velocity=min(n.velocity + 8, 124)) for n in lead]
-        score.programs[free] = singer.program
+        score.programs[free] = soloist.program
         score.controls[(free, 7)] = 118
         score.controls[(free, 10)] = rng.randint(56, 72)
-        lead_name = singer.name
-    return score, groove.style, audible(score, lead_name)
+        lead_name = soloist.name
+    return Arrangement(score, groove.style, audible(score, lead_name))
 
 
 def audible(score: Score, lead: str | None = None) -> list[str]:
-    """Names of the instruments that are really heard, the lead first, then by how much they play."""
+    """Names of the instruments with more than 3 % of the loudness-weighted note time, the lead first, then by weight.
+
+    Bass and drums come last. `lead` is always included.
+    """
     weight: dict[str, float] = {}
     for note in score.notes:
         name = "drums" if note.channel == DRUMS else name_of(score.programs.get(note.channel, 0))
         if name:
-            loud = (note.velocity / 100) ** 2 * score.controls.get((note.channel, 7), 100) / 100
-            weight[name] = weight.get(name, 0.0) + loud * (0.5 if name == "drums" else min(note.duration, 2.0) + 0.2)
+            loudness = (note.velocity / 100) ** 2 * score.controls.get((note.channel, 7), 100) / 100
+            weight[name] = weight.get(name, 0.0) + loudness * (
+                0.5 if name == "drums" else min(note.duration, 2.0) + 0.2
+            )
     total = sum(weight.values())
-    heard = [n for n, w in sorted(weight.items(), key=lambda pair: -pair[1]) if w > 0.03 * total]
-    heard.sort(key=lambda n: (n != lead, n in ("drums", "bass")))  # a stable sort: the rhythm section comes last
-    return heard if lead is None or lead in heard else [lead, *heard]
+    names = [n for n, w in sorted(weight.items(), key=lambda pair: -pair[1]) if w > 0.03 * total]
+    names.sort(key=lambda n: (n != lead, n in ("drums", "bass")))  # a stable sort: the rhythm section comes last
+    return names if lead is None or lead in names else [lead, *names]
 
 
-def _plain_style(the_plan: Plan, frame: Frame) -> str | None:
-    if the_plan.tune:
+def _default_style(plan: PiecePlan, sheet: LeadSheet) -> str | None:
+    if plan.tune:
         return "folk"
-    if frame.beats == 3:
+    if sheet.beats == 3:
         return "waltz"
-    qualities = [c.quality for c in frame.chords]
+    qualities = [c.quality for c in sheet.chords]
     if all(q in ("7", "m7") for q in qualities):
         return "blues"
     return "jazz" if all("7" in q for q in qualities) else None
 
 
-def _inside(score: Score, the_plan: Plan) -> Score:
-    """Keep what begins inside the bars, cut what rings longer than the tail, and start nothing before the downbeat."""
-    end = the_plan.bars * the_plan.beats
-    ring = end + 0.7 * TAIL_SECONDS * the_plan.bpm / 60
+def _trim(score: Score, plan: PiecePlan) -> Score:
+    """Drop notes that start after the last bar, shorten notes that outlast the tail, move early notes to beat 0."""
+    end = plan.bars * plan.beats
+    ring = end + 0.7 * TAIL_SECONDS * plan.bpm / 60
     kept = []
     for note in score.notes:
         if note.start < end - 0.01:

@@ -1,4 +1,4 @@
-"""Reading a data set: the manifest, its items by split and kind, and audio crops."""
+"""Read a data set: items of the manifest by split and kind, and crops of their audio."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SAMPLE_RATE = 44100
 def items(
     manifest: Manifest, split: str | Iterable[str] | None = None, kinds: str | Iterable[str] | None = None
 ) -> list[Item]:
-    """Items of a split (or several) and of some kinds; None means all.
+    """Return the items of one or more splits and kinds; None selects all.
 
     Raises InvalidInputError for an unknown split or kind.
     """
     splits = _names(split, SPLITS, "split")
-    chosen = _names(kinds, KINDS, "kind")
-    return [i for i in manifest.items if i.split in splits and i.kind in chosen]
+    selected = _names(kinds, KINDS, "kind")
+    return [i for i in manifest.items if i.split in splits and i.kind in selected]
 
 
 def read_audio(
@@ -33,13 +33,20 @@ def read_audio(
     frames: int | None = None,
     *,
     root: str | os.PathLike[str],
-    dtype: str = "float32",
 ) -> np.ndarray:
-    """Samples of an item, shape (2, n), "float32" in [-1, 1] or "int16".
+    """Read samples of an item.
 
-    n = `frames`, or all that is left from `start_frame`.
+    Args:
+        item: record of the audio file.
+        start_frame: first sample frame, at 44.1 kHz.
+        frames: number of sample frames; None reads to the end of the file.
+        root: folder of the data set, to which `item.path` is relative.
 
-    Raises InvalidInputError when the asked part is not inside the file, or the file is missing or not 44.1 kHz stereo.
+    Returns:
+        (2, frames) float32 in [-1, 1].
+
+    Raises:
+        InvalidInputError: the range is not inside the file, or the file is missing or not 44.1 kHz stereo.
     """
     import soundfile
 
@@ -47,26 +54,28 @@ def read_audio(
     try:
         with soundfile.SoundFile(path) as file:
             if file.samplerate != SAMPLE_RATE or file.channels != 2:
-                raise InvalidInputError(f"{path} is not {SAMPLE_RATE} Hz stereo: rebuild the data set")
-            wanted = file.frames - start_frame if frames is None else frames
-            if start_frame < 0 or wanted < 0 or start_frame + wanted > file.frames:
-                raise InvalidInputError(f"{path} has {file.frames} frames; asked for {wanted} from {start_frame}")
+                raise InvalidInputError(f"{path} is not {SAMPLE_RATE} Hz stereo; rebuild the data set")
+            count = file.frames - start_frame if frames is None else frames
+            if start_frame < 0 or count < 0 or start_frame + count > file.frames:
+                raise InvalidInputError(
+                    f"{path} has {file.frames} frames; {count} from frame {start_frame} are outside it"
+                )
             file.seek(start_frame)
-            return np.ascontiguousarray(file.read(wanted, dtype=dtype, always_2d=True).T)
+            return np.ascontiguousarray(file.read(count, dtype="float32", always_2d=True).T)
     except soundfile.LibsndfileError as error:
-        raise InvalidInputError(f"cannot read {path} ({error}): rebuild the data set") from error
+        raise InvalidInputError(f"cannot read {path} ({error}); rebuild the data set") from error
 
 
 def frames_of(item: Item) -> int:
-    """Number of frames of an item by its record, without opening the file."""
+    """Return the number of sample frames of an item from its record, without opening the file."""
     return round(item.seconds * SAMPLE_RATE)
 
 
-def _names(given: str | Iterable[str] | None, known: tuple[str, ...], what: str) -> tuple[str, ...]:
-    if given is None:
+def _names(selection: str | Iterable[str] | None, known: tuple[str, ...], field: str) -> tuple[str, ...]:
+    if selection is None:
         return known
-    names = (given,) if isinstance(given, str) else tuple(given)
+    names = (selection,) if isinstance(selection, str) else tuple(selection)
     for name in names:
         if name not in known:
-            raise InvalidInputError(f"unknown {what} {name!r}: one of {', '.join(known)}")
+            raise InvalidInputError(f"unknown {field} {name!r}; choose from: {', '.join(known)}")
     return names

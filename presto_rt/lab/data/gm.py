@@ -1,4 +1,4 @@
-"""Everyday names of the General MIDI programs: what people call the sound in a prompt."""
+"""Common names of the General MIDI programs, as people write them in prompts."""
 
 from __future__ import annotations
 
@@ -61,5 +61,5 @@ NAMES: dict[int, str] = {program: name for programs, name in _RANGES for program
 
 
 def name_of(program: int) -> str | None:
-    """The common name of a program, None for orchestra hit and sound effects."""
+    """Return the common name of a General MIDI program 0..127, or None for orchestra hit and sound effects."""
     return NAMES.get(program)

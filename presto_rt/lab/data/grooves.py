@@ -1,4 +1,4 @@
-"""MMA grooves with the words people use for them, and running MMA.
+"""MMA grooves with their common style names, and band arrangements made by MMA.
 
 MMA (Musical MIDI Accompaniment, Bob van der Poel) is the Debian package `mma`.
 """
@@ -15,12 +15,12 @@ from ...errors import MissingDependencyError, PrestoError
 from .midi import Score, from_bytes
 from .theory import Chord
 
-MMA_SECONDS = 120  # a piece takes less than one
+MMA_SECONDS = 120  # timeout; a piece takes less than 1 s
 
 
 @dataclass(frozen=True)
 class Groove:
-    """An MMA groove, its style word, beats per bar, sensible tempi (bpm) and the harmony it wants."""
+    """An MMA groove with its style name, beats per bar, tempo range in bpm, and kind of harmony."""
 
     name: str
     style: str
@@ -111,15 +111,27 @@ GROOVES = _table("""
 
 
 def check_mma() -> None:
-    """Raise MissingDependencyError unless the mma program is there."""
+    """Raise MissingDependencyError if the program `mma` is not installed."""
     if shutil.which("mma") is None:
-        raise MissingDependencyError("band pieces are arranged by MMA, which is not installed: apt-get install mma")
+        raise MissingDependencyError("bands are arranged by MMA, which is not installed; run: apt-get install mma")
 
 
-def arrange(groove: str, chords: list[Chord], *, flats: bool, beats: int, bpm: int, seed: int) -> Score:
-    """Run MMA on one chord a bar and read its MIDI back; times in beats, the first downbeat at 0.
+def arrange(groove: str, chords: list[Chord], *, flats: bool, bpm: int, seed: int) -> Score:
+    """Arrange a chord progression with MMA, deterministically for a seed.
 
-    Deterministic for a seed. Raises MissingDependencyError without mma, PrestoError when MMA refuses the chart or hangs.
+    Args:
+        groove: name of an MMA groove, which also sets the meter.
+        chords: one chord for each bar.
+        flats: spell the chords with flats.
+        bpm: tempo in quarter notes a minute.
+        seed: seed of MMA's random variations.
+
+    Returns:
+        Score with times in beats from the first downbeat.
+
+    Raises:
+        MissingDependencyError: mma is not installed.
+        PrestoError: MMA rejects the chart, or does not finish within 120 s.
     """
     check_mma()
     lines = [f"RndSeed {seed}", f"Tempo {bpm}", f"Groove {groove}"]
@@ -132,9 +144,9 @@ def arrange(groove: str, chords: list[Chord], *, flats: bool, beats: int, bpm: i
             result = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=MMA_SECONDS)
         except subprocess.TimeoutExpired:
             raise PrestoError(
-                f"MMA did not end groove {groove!r} in {MMA_SECONDS} s: build again, it goes on"
+                f"MMA did not finish groove {groove!r} in {MMA_SECONDS} s; repeat the build to continue"
             ) from None
         if result.returncode or not target.is_file():
             reason = (result.stdout.strip().splitlines() or ["no output"])[-1]
-            raise PrestoError(f"MMA refused groove {groove!r}: {reason}")
+            raise PrestoError(f"MMA rejected groove {groove!r}: {reason}")
         return from_bytes(target.read_bytes())

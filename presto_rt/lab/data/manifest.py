@@ -1,7 +1,7 @@
-"""The manifest of a data set: one record per audio file, written atomically, hashed over what the data *are*.
+"""Manifest of a data set: one record per audio file, written atomically, with a hash of the content.
 
-The hash covers ids, MIDI bytes and captions of rendered pieces and source bytes of recordings, never sample values:
-the same seed gives the same hash with any number of workers and any floating-point unit.
+The hash covers ids, MIDI bytes and captions of rendered pieces and source bytes of recordings, never sample values.
+The same seed therefore gives the same hash with any number of workers and on any processor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ SPLITS = ("train", "val", "test")
 
 @dataclass
 class Item:
-    """One audio file. `seconds` and `beat_offset_seconds` (time of the first downbeat) are in seconds of that file."""
+    """Record of one audio file.
+
+    Times are in seconds from the start of the file; `beat_offset_seconds` is the time of the first downbeat. `content`
+    is the SHA-256 of the source of the sound; for recordings, the cut follows it. Fields that are unknown for
+    recordings are empty or None. Field names are those of the JSON records on disk.
+    """
 
     id: str
     kind: str
@@ -31,7 +36,7 @@ class Item:
     path: str
     seconds: float
     composition: str
-    content: str  # sha-256 of what the sound was made from
+    content: str
     source: str
     licence: str
     captions: list[str] = field(default_factory=list)
@@ -45,17 +50,22 @@ class Item:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Item:
-        """Build from a JSON object; fields of newer versions are ignored."""
+        """Build an item from a JSON object; unknown fields are ignored.
+
+        Raises InvalidInputError if a required field is missing.
+        """
         known = {f.name for f in fields(cls)}
         try:
             return cls(**{k: v for k, v in record.items() if k in known})
         except TypeError as error:
-            raise InvalidInputError(f"manifest record {record.get('id', '?')!r} is incomplete: {error}") from error
+            raise InvalidInputError(
+                f"manifest record {record.get('id', '?')!r} is incomplete ({error}); rebuild the data set"
+            ) from error
 
 
 @dataclass
 class Manifest:
-    """All items of a data set below `root`."""
+    """Items of a data set below `root`; `complete` is False during a build and after failed pieces."""
 
     root: Path
     seed: int
@@ -72,9 +82,9 @@ class Manifest:
         return digest.hexdigest()
 
     def hours(self, kind: str | None = None, split: str | None = None) -> float:
-        """Hours of audio of a kind and split (None: all)."""
-        chosen = (i for i in self.items if kind in (None, i.kind) and split in (None, i.split))
-        return sum(i.seconds for i in chosen) / 3600
+        """Return the hours of audio of a kind and split; None selects all."""
+        selected = (i for i in self.items if kind in (None, i.kind) and split in (None, i.split))
+        return sum(i.seconds for i in selected) / 3600
 
     def save(self) -> Path:
         """Write `root/manifest.json` atomically and return its path."""
@@ -93,16 +103,16 @@ class Manifest:
 def load_manifest(root: str | os.PathLike[str]) -> Manifest:
     """Read `root/manifest.json`.
 
-    Raises InvalidInputError when there is none, it is damaged, or it is of another version.
+    Raises InvalidInputError if the file is missing, damaged, or of another version.
     """
     path = Path(root) / "manifest.json"
     if not path.is_file():
-        raise InvalidInputError(f"no data set at {root}: build one with `presto-rt lab data build --root {root}`")
+        raise InvalidInputError(f"no data set at {root}; build one with `presto-rt data build --root {root}`")
     try:
         record = json.loads(path.read_text())
         if record.get("version") != VERSION:
             raise InvalidInputError(
-                f"{path} is of version {record.get('version')}, this code reads {VERSION}: rebuild it"
+                f"{path} has version {record.get('version')}, expected {VERSION}; rebuild the data set"
             )
         items = [Item.from_dict(r) for r in record["items"]]
         return Manifest(Path(root), record["seed"], items, record.get("complete", True))
@@ -110,12 +120,12 @@ def load_manifest(root: str | os.PathLike[str]) -> Manifest:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInputError(
-            f"{path} is damaged ({error}): run `presto-rt lab data build --root {root}` again, which keeps the audio"
+            f"{path} is damaged ({error}); repeat `presto-rt data build --root {root}`, which keeps the audio"
         ) from error
 
 
 def collect(root: Path, folders: Iterable[str] = ("recordings", "rendered")) -> list[Item]:
-    """Read the item files that lie beside the audio (written after it, so the audio is whole), ordered by id."""
+    """Read the records beside the audio files, ordered by id; a record is written only after its audio is complete."""
     found: list[Item] = []
     for folder in folders:
         found += [Item.from_dict(json.loads(path.read_text())) for path in (root / folder).glob("**/*.json")]
@@ -123,7 +133,7 @@ def collect(root: Path, folders: Iterable[str] = ("recordings", "rendered")) -> 
 
 
 def write_atomic(path: Path, payload: bytes) -> None:
-    """Write beside the target, then rename: a reader or a killed build never sees half a file."""
+    """Write a file by renaming a temporary one, so that no reader sees a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(payload)
@@ -131,17 +141,20 @@ def write_atomic(path: Path, payload: bytes) -> None:
 
 
 def write_item(root: Path, item: Item) -> None:
-    """Write the record of a finished audio file beside it."""
+    """Write the record of a complete audio file as JSON beside it."""
     path = (root / item.path).with_suffix(".json")
     write_atomic(path, json.dumps(asdict(item), indent=0).encode())
 
 
 def fraction(text: str) -> float:
-    """A hash of `text` in [0, 1), the same on every machine."""
+    """Return a hash of `text` as a number in [0, 1), the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 def split_of(composition: str, val: float = 0.05, test: float = 0.05) -> str:
-    """The split of a composition: decided by its name alone, so all its renderings fall together."""
-    at = fraction("split " + composition)
-    return "test" if at < test else "val" if at < test + val else "train"
+    """Return the split of a composition from its name alone, so that all its renderings share a split.
+
+    `val` and `test` are the fractions of compositions in these splits.
+    """
+    position = fraction("split " + composition)
+    return "test" if position < test else "val" if position < test + val else "train"

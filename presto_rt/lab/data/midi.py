@@ -1,4 +1,4 @@
-"""Notes, and a small reader and writer of standard MIDI files at constant tempo. Times are in beats (quarter notes)."""
+"""Notes, and a reader and writer of standard MIDI files of constant tempo. Times are in beats (quarter notes)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONTROLLERS = (7, 10, 11)  # volume, pan, expression
 
 @dataclass(frozen=True, order=True)
 class Note:
-    """One note: onset and duration in beats, MIDI key and velocity 1..127, on a channel 0..15 (9: drums)."""
+    """A note: onset and duration in beats, MIDI key and velocity 1..127, channel 0..15 (9 is drums)."""
 
     start: float
     channel: int
@@ -33,7 +33,7 @@ class Score:
 
 
 def to_bytes(score: Score, bpm: float) -> bytes:
-    """Encode as a format-0 MIDI file with one tempo."""
+    """Encode a score as a format-0 MIDI file of one tempo, 480 ticks a beat."""
     events: list[tuple[int, int, bytes]] = [(0, 0, b"\xff\x51\x03" + round(60e6 / bpm).to_bytes(3, "big"))]
     for channel, program in sorted(score.programs.items()):
         events.append((0, 1, bytes([0xC0 | channel, program])))
@@ -53,12 +53,13 @@ def to_bytes(score: Score, bpm: float) -> bytes:
 
 
 def from_bytes(data: bytes) -> Score:
-    """Read a MIDI file: notes, the first program and the first values of volume, pan and expression of each channel.
+    """Read the notes of a MIDI file, with each channel's first program, volume, pan and expression.
 
-    Tempo, bends and system messages are left out; times come back in beats.
+    Tempo, pitch bends and system messages are ignored; times are in beats. Raises InvalidInputError without a MIDI
+    header.
     """
     if data[:4] != b"MThd":
-        raise InvalidInputError("not a MIDI file (no MThd header)")
+        raise InvalidInputError("not a MIDI file: it does not start with MThd")
     tracks, division = struct.unpack(">HH", data[10:14])
     position, score = 14, Score()
     for _ in range(tracks):

@@ -1,7 +1,7 @@
-"""Real recordings under free licences, out of Debian's game packages: fetched, decoded and cut into pieces.
+"""Fetch recordings under free licenses from Debian's game packages, decode them and cut them into pieces.
 
-Nothing of them is ever committed. They train at most the codec; `marsshooter-data` and `singularity-music` train
-nothing at all and are the real-music test set.
+The recordings are not part of the repository. They train at most the codec; `marsshooter-data` and
+`singularity-music` are held out as the test set of real music.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VAL_FRACTION = 0.04
 
 TEST_PACKAGES = ("marsshooter-data", "singularity-music")
 
-# The licence of each package's music where its copyright file is free text without a paragraph for the file.
+# License of each package's music, used if its copyright file has no machine-readable paragraph for the file.
 PACKAGES = {
     "wesnoth-1.16-music": "GPL-2+",
     "ufoai-music": "GPL-2+",
@@ -49,36 +49,36 @@ PACKAGES = {
 
 @dataclass
 class Song:
-    """One song of a package: encoded stems that are summed (nearly always one), and its place in the package."""
+    """A song of a package: its path in the package, the encoded stems that sum to it, and its license."""
 
     package: str
     path: str
     stems: list[bytes]
-    licence: str
+    license: str
 
     @property
     def name(self) -> str:
-        """A name for file names and splits."""
+        """Name of the song in file names and splits."""
         stem = re.sub(r"\.(ogg|opus)$", "", self.path)
         parts = stem.split("/")[-2:]
         return f"{self.package}-" + re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
 
 def songs(package: str, downloads: Path) -> Iterator[Song]:
-    """Fetch a Debian package (kept in `downloads`) and yield its songs, one at a time.
+    """Fetch a Debian package, which is kept in `downloads`, and yield its songs one at a time.
 
-    Raises MissingDependencyError without apt-get or dpkg-deb, OutputError when the package cannot be fetched.
+    Raises MissingDependencyError without apt-get or dpkg-deb, OutputError if the package cannot be fetched or unpacked.
     """
-    archive = _fetch(package, downloads)
+    archive = fetch_package(package, downloads)
     with tempfile.TemporaryDirectory(dir=downloads) as scratch:
         unpack = 'dpkg-deb --fsys-tarfile "$1" | tar -x -C "$2"'
         try:
             subprocess.run(["bash", "-o", "pipefail", "-c", unpack, "bash", str(archive), scratch], check=True)
         except subprocess.CalledProcessError as error:
-            raise OutputError(f"cannot unpack {archive}: delete it and build again") from error
+            raise OutputError(f"cannot unpack {archive}; delete it and repeat the build") from error
         root = Path(scratch)
         notices = [p for p in root.glob("usr/share/doc/*/copyright") if p.is_file()]
-        rules = _licence_rules(notices[0].read_text(errors="replace")) if notices else []
+        rules = license_rules(notices[0].read_text(errors="replace")) if notices else []
         for path, data in sorted(_audio_files(root), key=lambda pair: pair[0]):
             if path.endswith("/guitar.ogg"):
                 continue  # a stem of the song.ogg beside it
@@ -86,24 +86,24 @@ def songs(package: str, downloads: Path) -> Iterator[Song]:
             lead = root / path.replace("/song.ogg", "/guitar.ogg")
             if path.endswith("/song.ogg") and lead.is_file():
                 stems.append(lead.read_bytes())
-            yield Song(package, path, stems, _licence(rules, path) or PACKAGES[package])
+            yield Song(package, path, stems, license_of(rules, path) or PACKAGES[package])
 
 
 def decode(encoded: bytes) -> np.ndarray:
-    """Decode Ogg Vorbis or Opus bytes to float32 (2, frames) at 44.1 kHz; mono is duplicated."""
+    """Decode Ogg Vorbis or Opus bytes to (2, frames) float32 at 44.1 kHz; mono is duplicated."""
     import soundfile
     from scipy.signal import resample_poly
 
     samples, rate = soundfile.read(io.BytesIO(encoded), dtype="float32", always_2d=True)
     stereo = samples[:, :2].T if samples.shape[1] > 1 else np.repeat(samples.T, 2, axis=0)
     if rate != SAMPLE_RATE:
-        shared = np.gcd(rate, SAMPLE_RATE)
-        stereo = resample_poly(stereo, SAMPLE_RATE // shared, rate // shared, axis=1).astype(np.float32)
+        divisor = np.gcd(rate, SAMPLE_RATE)
+        stereo = resample_poly(stereo, SAMPLE_RATE // divisor, rate // divisor, axis=1).astype(np.float32)
     return np.ascontiguousarray(stereo)
 
 
 def cut(samples: np.ndarray, piece_seconds: float = PIECE_SECONDS) -> list[tuple[int, int]]:
-    """Bounds (start, stop) in frames of equal pieces of about `piece_seconds`, leaving out silent ones."""
+    """Return bounds (start, stop), in sample frames, of equal pieces of about `piece_seconds`, without silent ones."""
     frames = samples.shape[1]
     count = max(1, round(frames / (piece_seconds * SAMPLE_RATE)))
     edges = np.linspace(0, frames, count + 1).astype(int)
@@ -112,14 +112,17 @@ def cut(samples: np.ndarray, piece_seconds: float = PIECE_SECONDS) -> list[tuple
 
 
 def add_song(root: Path, song: Song) -> list[Item]:
-    """Decode a song, write its pieces (WAV PCM16) and their records below `root/recordings`, return the records."""
+    """Decode a song, write its pieces (PCM16 WAV) and their records below `root/recordings`, and return the records.
+
+    Songs shorter than 20 s are skipped.
+    """
     import soundfile
 
     samples = decode(song.stems[0])
-    for other in song.stems[1:]:
-        lead = decode(other)
-        length = min(samples.shape[1], lead.shape[1])
-        samples = samples[:, :length] + lead[:, :length]
+    for encoded in song.stems[1:]:
+        stem = decode(encoded)
+        length = min(samples.shape[1], stem.shape[1])
+        samples = samples[:, :length] + stem[:, :length]
     if samples.shape[1] < SHORTEST_SONG * SAMPLE_RATE:
         return []
     peak = float(np.abs(samples).max())
@@ -129,7 +132,7 @@ def add_song(root: Path, song: Song) -> list[Item]:
     split = "test" if song.package in TEST_PACKAGES else split_of(song.name, val=VAL_FRACTION, test=0.0)
     folder = root / "recordings" / song.package
     folder.mkdir(parents=True, exist_ok=True)
-    made = []
+    pieces = []
     for number, (start, stop) in enumerate(cut(samples)):
         name = f"rec-{song.name}-{number:02d}"
         path = folder / f"{name}.wav"
@@ -145,54 +148,59 @@ def add_song(root: Path, song: Song) -> list[Item]:
             composition=song.name,
             content=f"{source_hash}:{start}:{stop}",
             source=f"{song.package}: {song.path}",
-            licence=song.licence,
+            licence=song.license,
         )
         write_item(root, item)
-        made.append(item)
-    return made
+        pieces.append(item)
+    return pieces
 
 
-def build_recordings(root: Path, say: Callable[[str], None] = print) -> list[Item]:
-    """Fetch all packages and write their pieces; a package that is done is not done again."""
+def build_recordings(root: Path, report: Callable[[str], None] = print) -> None:
+    """Fetch all packages and write their pieces; finished packages are skipped.
+
+    `report` receives one line for each package. Raises the errors of `songs`, and OutputError for a package without
+    songs.
+    """
     downloads = root / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
-    made: list[Item] = []
     for package in PACKAGES:
-        done = root / "recordings" / package / ".done"
-        if done.is_file():
+        marker = root / "recordings" / package / ".done"
+        if marker.is_file():
             continue
         items = [item for song in songs(package, downloads) for item in add_song(root, song)]
         if not items:
-            raise OutputError(f"no songs found in the package {package}: leave recordings out with --no-recordings")
-        done.write_text(f"{len(items)}\n")
-        say(f"{package}: {sum(i.seconds for i in items) / 60:.0f} minutes, {len(items)} pieces")
-        made += items
-    return made
+            raise OutputError(f"the package {package} contains no songs; omit the recordings with --no-recordings")
+        marker.write_text(f"{len(items)}\n")
+        report(f"{package}: {sum(i.seconds for i in items) / 60:.0f} minutes, {len(items)} pieces")
 
 
-def _fetch(package: str, downloads: Path) -> Path:
+def fetch_package(package: str, downloads: Path) -> Path:
+    """Download a Debian package into `downloads`, unless it is there, and return its path.
+
+    Raises MissingDependencyError without apt-get or dpkg-deb, OutputError if the download fails.
+    """
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise MissingDependencyError(
-                f"{tool} is needed to fetch recordings: use Debian, or build with --no-recordings"
+                f"{tool} is needed to fetch recordings; use Debian, or build with --no-recordings"
             )
     found = sorted(downloads.glob(f"{package}_*.deb"))
     if not found:
-        with tempfile.TemporaryDirectory(dir=downloads) as scratch:  # a killed download leaves half a file
+        with tempfile.TemporaryDirectory(dir=downloads) as scratch:  # an interrupted download leaves a partial file
             command = ["apt-get", "download", "-q", package]
             result = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
             fetched = sorted(Path(scratch).glob(f"{package}_*.deb"))
             if result.returncode or not fetched:
                 reason = (result.stderr.strip().splitlines() or ["no package file"])[-1]
                 raise OutputError(
-                    f"cannot fetch {package} ({reason}): run `apt-get update`, or build with --no-recordings"
+                    f"cannot fetch {package} ({reason}); run `apt-get update`, or build with --no-recordings"
                 )
             found = [path.rename(downloads / path.name) for path in fetched]
     return found[-1]
 
 
 def _audio_files(root: Path) -> Iterator[tuple[str, bytes]]:
-    """(path in the package, encoded bytes) of every Ogg file, also inside .pk3 (zip) archives."""
+    """Yield (path in the package, encoded bytes) of each Ogg file, including those in .pk3 (zip) archives."""
     for path in root.glob("**/*"):
         if not path.is_file() or path.is_symlink():
             continue
@@ -205,8 +213,8 @@ def _audio_files(root: Path) -> Iterator[tuple[str, bytes]]:
                         yield f"{path.relative_to(root)}/{name}", archive.read(name)
 
 
-def _licence_rules(text: str) -> list[tuple[str, str]]:
-    """(pattern, licence) pairs of a machine-readable copyright file, in its order: the last that matches holds."""
+def license_rules(text: str) -> list[tuple[str, str]]:
+    """Parse a machine-readable Debian copyright file into (pattern, license) pairs, in the order of the file."""
     rules = []
     for paragraph in re.split(r"\n[ \t]*\n", text):
         fields: dict[str, str] = {}
@@ -218,16 +226,19 @@ def _licence_rules(text: str) -> list[tuple[str, str]]:
             elif name:
                 fields[name] += "\n" + line
         if "Files" in fields and "License" in fields:
-            licence = fields["License"].strip().splitlines()[0]
-            rules += [(pattern, licence) for pattern in fields["Files"].split()]
+            name = fields["License"].strip().splitlines()[0]
+            rules += [(pattern, name) for pattern in fields["Files"].split()]
     return rules
 
 
-def _licence(rules: list[tuple[str, str]], path: str) -> str | None:
-    """Patterns name paths of the source package; there the music lies below data/ or base/, which is dropped here."""
+def license_of(rules: list[tuple[str, str]], path: str) -> str | None:
+    """Return the license of the last rule that matches a file's path in the package, or None.
+
+    Patterns are paths of the source package, where the music lies below data/ or base/; this prefix is dropped.
+    """
     found = None
-    for pattern, licence in rules:
+    for pattern, name in rules:
         tail = re.sub(r"^(data|base)/", "", pattern)
         if pattern == "*" or (tail not in ("*", "") and fnmatch(path, "*/" + tail)):
-            found = licence
+            found = name
     return found

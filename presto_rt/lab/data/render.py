@@ -1,4 +1,4 @@
-"""Scores to sound: TinySoundFont with MuseScore's General MIDI soundfont, a light room, and a steady loudness."""
+"""Render scores with TinySoundFont and a General MIDI soundfont, add a light room, and normalize the loudness."""
 
 from __future__ import annotations
 
@@ -24,32 +24,50 @@ ROOM_SECONDS = 0.8
 
 
 def soundfont() -> str:
-    """Path of the soundfont: PRESTO_RT_SOUNDFONT, or Debian's. Raises MissingDependencyError when there is none."""
-    chosen = os.environ.get("PRESTO_RT_SOUNDFONT")
-    found = [p for p in ([chosen] if chosen else SOUNDFONTS) if Path(p).is_file()]
+    """Return the path of the soundfont: PRESTO_RT_SOUNDFONT if set, else Debian's.
+
+    Raises MissingDependencyError if the file does not exist.
+    """
+    override = os.environ.get("PRESTO_RT_SOUNDFONT")
+    found = [p for p in ([override] if override else SOUNDFONTS) if Path(p).is_file()]
     if not found:
-        where = f"PRESTO_RT_SOUNDFONT={chosen} is not there" if chosen else "no General MIDI soundfont found"
-        raise MissingDependencyError(f"{where}: apt-get install musescore-general-soundfont-small")
+        reason = f"PRESTO_RT_SOUNDFONT={override} does not exist" if override else "no General MIDI soundfont found"
+        raise MissingDependencyError(f"{reason}; run: apt-get install musescore-general-soundfont-small")
     return found[0]
 
 
 @lru_cache(maxsize=1)
 def _synth(path: str) -> tuple[Any, int]:
-    """One synthesizer per process: loading the compressed soundfont takes seconds."""
+    """Return the process's synthesizer and the id of its soundfont; loading a compressed soundfont takes seconds."""
     try:
-        import tinysoundfont  # type: ignore[import-untyped]
+        import tinysoundfont
     except ImportError as error:
-        raise MissingDependencyError("rendering needs tinysoundfont: pip install --no-deps tinysoundfont") from error
+        raise MissingDependencyError(
+            "rendering needs tinysoundfont; run: pip install --no-deps tinysoundfont"
+        ) from error
     synth = tinysoundfont.Synth(samplerate=SAMPLE_RATE)
     return synth, synth.sfload(path, max_voices=MAX_VOICES)
 
 
 def synthesize(score: Score, bpm: float, offset: float, seconds: float) -> np.ndarray:
-    """Dry sound of a score, float32 (2, frames): beat 0 at `offset` seconds, `seconds` long."""
+    """Synthesize a score without room or loudness normalization.
+
+    Args:
+        score: notes in beats.
+        bpm: tempo in quarter notes a minute.
+        offset: time of beat 0 in seconds.
+        seconds: length of the result.
+
+    Returns:
+        (2, frames) float32 at 44.1 kHz.
+
+    Raises:
+        MissingDependencyError: the soundfont or tinysoundfont is not installed.
+    """
     synth, font = _synth(soundfont())
     for channel in range(16):
         synth.sounds_off(channel)
-    synth.generate(SAMPLE_RATE // 4)  # voices of the piece before die away unheard
+    synth.generate(SAMPLE_RATE // 4)  # let the voices of the previous piece decay
     used = {note.channel for note in score.notes}
     for channel in used:
         if channel == DRUMS:
@@ -85,7 +103,7 @@ def synthesize(score: Score, bpm: float, offset: float, seconds: float) -> np.nd
 
 
 def room(dry: np.ndarray, seed: int) -> np.ndarray:
-    """Add a small room: two different decaying noises, so that centred sounds get width too. Shape (2, frames)."""
+    """Add a small room to (2, frames) float32: independent decaying noise left and right, which widens mono sounds."""
     from scipy.fft import irfft, next_fast_len, rfft
 
     rng = np.random.default_rng(seed)
@@ -95,7 +113,7 @@ def room(dry: np.ndarray, seed: int) -> np.ndarray:
     wet = 10 ** (rng.uniform(-21, -11) / 20)
     time = np.arange(length) / SAMPLE_RATE
     noise = rng.standard_normal((2, length)) * 10 ** (-3 * time / decay)
-    noise[:, 1:] = 0.5 * (noise[:, 1:] + noise[:, :-1])  # rooms are dull
+    noise[:, 1:] = 0.5 * (noise[:, 1:] + noise[:, :-1])  # a low-pass: rooms absorb high frequencies
     response = np.zeros((2, length + predelay))
     response[:, predelay:] = wet * noise / np.sqrt((noise**2).sum(axis=1, keepdims=True))
     size = next_fast_len(dry.shape[1] + response.shape[1] - 1, real=True)
@@ -104,29 +122,43 @@ def room(dry: np.ndarray, seed: int) -> np.ndarray:
     return dry + reverb.astype(np.float32)
 
 
-def level(samples: np.ndarray, target_db: float) -> np.ndarray:
-    """Scale to an RMS of `target_db` dBFS in the louder half of the piece; peaks are rounded off below 0.98."""
+def normalize_loudness(samples: np.ndarray, target_db: float) -> np.ndarray:
+    """Scale (2, frames) float32 to an RMS of `target_db` dBFS in its louder half; peaks are soft-clipped below 0.98."""
     window = int(0.4 * SAMPLE_RATE)
     count = max(1, samples.shape[1] // window)
     power = (samples[:, : count * window] ** 2).reshape(2, count, -1).mean(axis=(0, 2))
-    loud = float(np.sqrt(np.sort(power)[count // 2 :].mean()))
-    if loud <= 0:
+    rms = float(np.sqrt(np.sort(power)[count // 2 :].mean()))
+    if rms <= 0:
         return samples
     peak = float(np.abs(samples).max())
-    gain = min(10 ** (target_db / 20) / loud, 1.35 / peak)
-    scaled = samples * np.float32(gain)
+    gain = min(10 ** (target_db / 20) / rms, 1.35 / peak)
+    scaled: np.ndarray = samples * np.float32(gain)
     knee, top = 0.75, 0.97
     over = np.abs(scaled) > knee
-    hot = scaled[over]
-    scaled[over] = np.sign(hot) * (knee + (top - knee) * np.tanh((np.abs(hot) - knee) / (top - knee)))
+    loud = scaled[over]
+    scaled[over] = np.sign(loud) * (knee + (top - knee) * np.tanh((np.abs(loud) - knee) / (top - knee)))
     return scaled
 
 
 def render(score: Score, bpm: float, offset: float, seconds: float, seed: int) -> np.ndarray:
-    """A finished stereo piece, float32 (2, frames) in (-0.98, 0.98)."""
+    """Render a piece with room, normalized loudness and a fade-out.
+
+    Args:
+        score: notes in beats.
+        bpm: tempo in quarter notes a minute.
+        offset: time of beat 0 in seconds.
+        seconds: length of the result.
+        seed: seed of the room and of the loudness, drawn between -18 and -15 dBFS.
+
+    Returns:
+        (2, frames) float32 in (-0.98, 0.98) at 44.1 kHz.
+
+    Raises:
+        MissingDependencyError: the soundfont or tinysoundfont is not installed.
+    """
     dry = synthesize(score, bpm, offset, seconds)
     wet = room(dry, seed)
-    finished = level(wet, float(np.random.default_rng(seed + 1).uniform(-18.0, -15.0)))
+    finished = normalize_loudness(wet, float(np.random.default_rng(seed + 1).uniform(-18.0, -15.0)))
     fade = int(FADE_SECONDS * SAMPLE_RATE)
     finished[:, -fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
     return finished

@@ -1,6 +1,7 @@
 """Idiomatic parts over a chord progression: melodies, chords, arpeggios, strums, bass lines and drum patterns.
 
-Every function returns notes of one channel; `chords` holds one chord a bar, times are in beats.
+Each part is a list of notes on one channel, with times in beats from the first downbeat. The functions share their
+parameters: `rng` is the source of random draws, `channel` the MIDI channel, `low` and `high` the range in MIDI keys.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ _CELLS = {
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What every part of a piece shares."""
+class LeadSheet:
+    """Musical frame that all parts of a piece share: key, one chord a bar, beats per bar, density and feel."""
 
     key: Key
     chords: list[Chord]
@@ -30,27 +31,27 @@ class Frame:
     swing: bool = False
 
     def bars(self) -> list[tuple[float, Chord]]:
-        """(start in beats, chord) of each bar."""
+        """Return (start in beats, chord) of each bar."""
         return [(i * self.beats, c) for i, c in enumerate(self.chords)]
 
 
 def nearest(pitch: int, classes: tuple[int, ...], low: int, high: int) -> int:
-    """The pitch of one of the pitch classes nearest to `pitch` inside [low, high]."""
-    inside = [p for p in range(low, high + 1) if p % 12 in classes]
-    return min(inside, key=lambda p: (abs(p - pitch), p))
+    """Return the MIDI key in [low, high], of one of the pitch classes, that is nearest to `pitch`."""
+    candidates = [p for p in range(low, high + 1) if p % 12 in classes]
+    return min(candidates, key=lambda p: (abs(p - pitch), p))
 
 
-def melody(rng: random.Random, frame: Frame, channel: int, low: int, high: int) -> list[Note]:
-    """A tune of two-bar motifs (A A' B A'): the rhythm and contour come back, strong beats take chord tones."""
-    motifs = {name: _motif(rng, frame) for name in "ABC"}  # two bars of steps, and where to begin
+def melody(rng: random.Random, sheet: LeadSheet, channel: int, low: int, high: int) -> list[Note]:
+    """Compose a melody of recurring two-bar motifs, with chord tones on strong beats and a close on the tonic."""
+    motifs = {name: _motif(rng, sheet) for name in "ABC"}
     order = rng.choice(("AABA", "ABAC", "AABB", "ABCB"))
     notes: list[Note] = []
     pitch = (low + high) // 2
-    last_bar = len(frame.chords) - 1
-    for number, (start, chord) in enumerate(frame.bars()):
+    last_bar = len(sheet.chords) - 1
+    for number, (start, chord) in enumerate(sheet.bars()):
         if number == last_bar:
-            final = nearest(pitch, (frame.key.tonic,), low, high)
-            notes.append(Note(start, channel, final, frame.beats * 0.95, _velocity(rng, 92)))
+            final = nearest(pitch, (sheet.key.tonic,), low, high)
+            notes.append(Note(start, channel, final, sheet.beats * 0.95, _velocity(rng, 92)))
             break
         name = order[(number // 2) % len(order)]
         time = 0.0
@@ -58,7 +59,7 @@ def melody(rng: random.Random, frame: Frame, channel: int, low: int, high: int) 
             pitch = nearest((low + high) // 2 + motifs[name][1], chord.tones, low, high)
         for duration, step in motifs[name][0][number % 2]:
             strong = time == int(time) and int(time) % 2 == 0
-            classes = chord.tones if strong else frame.key.scale_over(chord)
+            classes = chord.tones if strong else sheet.key.scale_over(chord)
             if step is not None:
                 target = pitch + round(step * 1.8)
                 if not low + 2 <= target <= high - 2:
@@ -66,63 +67,63 @@ def melody(rng: random.Random, frame: Frame, channel: int, low: int, high: int) 
                 pitch = nearest(target, classes, low, high)
                 length = duration * rng.uniform(0.85, 0.98)
                 velocity = _velocity(rng, 96 if strong else 84)
-                notes.append(Note(start + _swung(time, frame.swing), channel, pitch, length, velocity))
+                notes.append(Note(start + _swung(time, sheet.swing), channel, pitch, length, velocity))
             time += duration
     return notes
 
 
 def tune(notes: tuple[tuple[float, float, int], ...], rng: random.Random, channel: int, shift: int) -> list[Note]:
-    """A given melody on a channel, transposed by `shift` semitones."""
+    """Convert a melody of (start, duration, MIDI key) to notes, transposed by `shift` semitones."""
     return [Note(s, channel, p + shift, d * 0.93, _velocity(rng, 94 if s == int(s) else 84)) for s, d, p in notes]
 
 
-def block_chords(rng: random.Random, frame: Frame, channel: int, low: int, high: int) -> list[Note]:
-    """Chords in a steady rhythm, the voices moving little."""
+def block_chords(rng: random.Random, sheet: LeadSheet, channel: int, low: int, high: int) -> list[Note]:
+    """Play close-position chords in a steady rhythm."""
     patterns = {
-        "sparse": [(0.0,), (0.0, frame.beats / 2)],
-        "medium": [tuple(float(b) for b in range(frame.beats)), (0.0, 1.5, 3.0)[: frame.beats - 1], (0.0, 2.0)],
+        "sparse": [(0.0,), (0.0, sheet.beats / 2)],
+        "medium": [tuple(float(b) for b in range(sheet.beats)), (0.0, 1.5, 3.0)[: sheet.beats - 1], (0.0, 2.0)],
         "busy": [
-            tuple(b / 2 for b in range(2 * frame.beats)),
-            tuple(b + o for b in range(frame.beats) for o in (0, 0.5)),
+            tuple(b / 2 for b in range(2 * sheet.beats)),
+            tuple(b + o for b in range(sheet.beats) for o in (0, 0.5)),
         ],
     }
-    pattern = tuple(time for time in rng.choice(patterns[frame.density]) if time < frame.beats)
+    pattern = tuple(time for time in rng.choice(patterns[sheet.density]) if time < sheet.beats)
     notes: list[Note] = []
     voices: list[int] = []
-    for number, (start, chord) in enumerate(frame.bars()):
+    for number, (start, chord) in enumerate(sheet.bars()):
         voices = voicing(chord, (low + high) // 2, low, high)
-        times = (0.0,) if number == len(frame.chords) - 1 else pattern
+        times = (0.0,) if number == len(sheet.chords) - 1 else pattern
         for index, time in enumerate(times):
-            stop = times[index + 1] if index + 1 < len(times) else frame.beats
+            stop = times[index + 1] if index + 1 < len(times) else sheet.beats
             for key in voices:
-                length = (stop - time) * rng.choice((0.9, 0.9, 0.6) if frame.density != "sparse" else (0.97,))
-                notes.append(Note(start + _swung(time, frame.swing), channel, key, length, _velocity(rng, 78)))
+                length = (stop - time) * rng.choice((0.9, 0.9, 0.6) if sheet.density != "sparse" else (0.97,))
+                notes.append(Note(start + _swung(time, sheet.swing), channel, key, length, _velocity(rng, 78)))
     return notes
 
 
-def sustained(rng: random.Random, frame: Frame, channel: int, low: int, high: int) -> list[Note]:
-    """Held four-part chords, one a bar, the top voice free to move in the second half."""
+def sustained(rng: random.Random, sheet: LeadSheet, channel: int, low: int, high: int) -> list[Note]:
+    """Hold one chord a bar over its root, with a moving top voice unless the density is sparse."""
     notes = []
-    for start, chord in frame.bars():
+    for start, chord in sheet.bars():
         keys = voicing(chord, (low + high) // 2, low, high)
         root = nearest(low + 5, (chord.root,), low - 12, low + 11)
-        notes += [Note(start, channel, key, frame.beats * 0.99, _velocity(rng, 80)) for key in {root, *keys}]
-        if frame.density != "sparse":
+        notes += [Note(start, channel, key, sheet.beats * 0.99, _velocity(rng, 80)) for key in {root, *keys}]
+        if sheet.density != "sparse":
             top = keys[-1]
-            for half in range(1, frame.beats):
-                if rng.random() < (0.4 if frame.density == "medium" else 0.8):
-                    top = nearest(top + rng.choice((-3, 2, 3, 5)), frame.key.scale_over(chord), keys[-1] - 2, high + 5)
+            for half in range(1, sheet.beats):
+                if rng.random() < (0.4 if sheet.density == "medium" else 0.8):
+                    top = nearest(top + rng.choice((-3, 2, 3, 5)), sheet.key.scale_over(chord), keys[-1] - 2, high + 5)
                     notes.append(Note(start + half, channel, top, 0.95, _velocity(rng, 76)))
     return notes
 
 
-def arpeggio(rng: random.Random, frame: Frame, channel: int, low: int, high: int) -> list[Note]:
-    """Broken chords in an unchanging figure over a low root."""
-    step = {"sparse": 1.0, "medium": 0.5, "busy": 0.25}[frame.density]
-    count = round(frame.beats / step)
+def arpeggio(rng: random.Random, sheet: LeadSheet, channel: int, low: int, high: int) -> list[Note]:
+    """Play broken chords in one figure, from a low root upwards."""
+    step = {"sparse": 1.0, "medium": 0.5, "busy": 0.25}[sheet.density]
+    count = round(sheet.beats / step)
     shape = rng.choice(("up", "updown", "alberti", "wide"))
     notes = []
-    for number, (start, chord) in enumerate(frame.bars()):
+    for number, (start, chord) in enumerate(sheet.bars()):
         ladder = [p for p in range(low, high + 1) if p % 12 in chord.tones]
         base = ladder.index(nearest(low + 6, (chord.root,), low, high))
         ladder = ladder[base:] if len(ladder) - base >= 4 else ladder[-5:]
@@ -132,21 +133,21 @@ def arpeggio(rng: random.Random, frame: Frame, channel: int, low: int, high: int
             "alberti": [0, 2, 1, 2],
             "wide": [0, 2, 4, 2, 5, 4, 3, 2],
         }[shape]
-        if number == len(frame.chords) - 1:
-            notes += [Note(start, channel, p, frame.beats * 0.97, _velocity(rng, 84)) for p in ladder[:4]]
+        if number == len(sheet.chords) - 1:
+            notes += [Note(start, channel, p, sheet.beats * 0.97, _velocity(rng, 84)) for p in ladder[:4]]
             break
         for index in range(count):
             key = ladder[min(figure[index % len(figure)], len(ladder) - 1)]
             ring = step * (2.0 if shape != "alberti" else 1.0)
             accent = 88 if index == 0 else 74
             notes.append(
-                Note(start + _swung(index * step, frame.swing), channel, key, ring * 0.95, _velocity(rng, accent))
+                Note(start + _swung(index * step, sheet.swing), channel, key, ring * 0.95, _velocity(rng, accent))
             )
     return notes
 
 
-def strum(rng: random.Random, frame: Frame, channel: int, low: int, high: int) -> list[Note]:
-    """Guitar strums: down on the beats, up between them, strings a few milliseconds apart."""
+def strum(rng: random.Random, sheet: LeadSheet, channel: int, low: int, high: int) -> list[Note]:
+    """Strum guitar chords: down on the beats, up between them, 0.02 beats from string to string."""
     patterns = {
         "sparse": [((0.0, 1), (2.0, 1)), ((0.0, 1),)],
         "medium": [((0.0, 1), (1.0, 1), (1.5, -1), (2.5, -1), (3.0, 1)), ((0.0, 1), (1.0, 1), (2.0, 1), (3.0, 1))],
@@ -155,57 +156,57 @@ def strum(rng: random.Random, frame: Frame, channel: int, low: int, high: int) -
             tuple((b / 4, 1 - 2 * (b % 2)) for b in range(16)),
         ],
     }
-    pattern = [hit for hit in rng.choice(patterns[frame.density]) if hit[0] < frame.beats]
+    pattern = [hit for hit in rng.choice(patterns[sheet.density]) if hit[0] < sheet.beats]
     notes = []
-    for number, (start, chord) in enumerate(frame.bars()):
+    for number, (start, chord) in enumerate(sheet.bars()):
         strings = [p for p in range(low, low + 25) if p % 12 in chord.tones][:6]
         strings = strings[next((i for i, p in enumerate(strings[:3]) if p % 12 == chord.root), 0) :]
-        hits = [(0.0, 1)] if number == len(frame.chords) - 1 else pattern
-        for index, (time, way) in enumerate(hits):
-            stop = hits[index + 1][0] if index + 1 < len(hits) else frame.beats
-            chosen = strings if way > 0 else list(reversed(strings[-4:]))
-            for order, key in enumerate(chosen):
-                onset = start + _swung(time, frame.swing) + order * 0.02
+        hits = [(0.0, 1)] if number == len(sheet.chords) - 1 else pattern
+        for index, (time, direction) in enumerate(hits):
+            stop = hits[index + 1][0] if index + 1 < len(hits) else sheet.beats
+            played = strings if direction > 0 else list(reversed(strings[-4:]))
+            for order, key in enumerate(played):
+                onset = start + _swung(time, sheet.swing) + order * 0.02
                 notes.append(
-                    Note(onset, channel, key, max(stop - time - 0.05, 0.1), _velocity(rng, 84 if way > 0 else 70))
+                    Note(onset, channel, key, max(stop - time - 0.05, 0.1), _velocity(rng, 84 if direction > 0 else 70))
                 )
     return notes
 
 
-def bass_line(rng: random.Random, frame: Frame, channel: int, low: int = 28, high: int = 50) -> list[Note]:
-    """Roots and fifths, walking quarters or syncopated eighths."""
+def bass_line(rng: random.Random, sheet: LeadSheet, channel: int, low: int, high: int) -> list[Note]:
+    """Play a bass line: long roots, roots and fifths, walking quarters, eighths, or syncopated sixteenths."""
     kind = {"sparse": ("long", "rootfifth"), "medium": ("rootfifth", "walk"), "busy": ("eighths", "funk", "walk")}
-    style = rng.choice(kind[frame.density])
+    style = rng.choice(kind[sheet.density])
     notes: list[Note] = []
-    bars = frame.bars()
+    bars = sheet.bars()
     for number, (start, chord) in enumerate(bars):
         root = nearest(low + 8, (chord.root,), low, high)
         fifth = nearest(root + 7, (chord.tones[2],), low, high)
         following = bars[(number + 1) % len(bars)][1]
         if number == len(bars) - 1 or style == "long":
-            plan = [(0.0, root, frame.beats * 0.95)]
+            pattern = [(0.0, root, sheet.beats * 0.95)]
         elif style == "rootfifth":
-            plan = [(0.0, root, 1.4), (frame.beats / 2 if frame.beats != 3 else 2.0, fifth, 0.9)]
+            pattern = [(0.0, root, 1.4), (sheet.beats / 2 if sheet.beats != 3 else 2.0, fifth, 0.9)]
         elif style == "walk":
             target = nearest(root, (following.root,), low, high)
             middle = [
-                nearest(root + rng.choice((3, 4, 5, 7)), frame.key.scale_over(chord), low, high)
-                for _ in range(frame.beats - 2)
+                nearest(root + rng.choice((3, 4, 5, 7)), sheet.key.scale_over(chord), low, high)
+                for _ in range(sheet.beats - 2)
             ]
             line = [root, *middle, target + rng.choice((-2, -1, 1, 2))]
-            plan = [(float(b), k, 0.92) for b, k in enumerate(line[: frame.beats])]
+            pattern = [(float(b), k, 0.92) for b, k in enumerate(line[: sheet.beats])]
         elif style == "eighths":
-            plan = [(b / 2, root, 0.42) for b in range(2 * frame.beats)]
+            pattern = [(b / 2, root, 0.42) for b in range(2 * sheet.beats)]
         else:
-            slots = [0.0] + [b / 4 for b in range(2, 4 * frame.beats) if rng.random() < 0.4]
-            plan = [
+            slots = [0.0] + [b / 4 for b in range(2, 4 * sheet.beats) if rng.random() < 0.4]
+            pattern = [
                 (s, rng.choice((root, root, fifth, nearest(root + 12, (chord.root,), low, high + 5))), 0.23)
                 for s in slots
             ]
-        for time, key, length in plan:
+        for time, key, length in pattern:
             notes.append(
                 Note(
-                    start + _swung(time, frame.swing),
+                    start + _swung(time, sheet.swing),
                     channel,
                     max(key, 24),
                     length,
@@ -232,12 +233,15 @@ KITS: dict[str, dict[int, tuple[int, ...]]] = {
 }
 
 
-def drums(rng: random.Random, frame: Frame, style: str) -> list[Note]:
-    """A drum pattern of KITS, slightly varied, a fill each fourth bar; 3/4 takes its first twelve sixteenths."""
+def drums(rng: random.Random, sheet: LeadSheet, style: str) -> list[Note]:
+    """Play a drum pattern of KITS with small variations and a fill in each fourth bar.
+
+    A bar of `beats` beats takes the first 4 * `beats` sixteenths of the pattern.
+    """
     notes = []
-    total = 4 * frame.beats
-    for number, (start, _) in enumerate(frame.bars()):
-        last = number == len(frame.chords) - 1
+    total = 4 * sheet.beats
+    for number, (start, _) in enumerate(sheet.bars()):
+        last = number == len(sheet.chords) - 1
         fill = number % 4 == 3 and not last
         if last:
             notes += [Note(start, DRUMS, k, 0.5, 110) for k in (36, 49)]
@@ -259,25 +263,24 @@ def drums(rng: random.Random, frame: Frame, style: str) -> list[Note]:
     return notes
 
 
-def voicing(chord: Chord, centre: int, low: int, high: int) -> list[int]:
-    """A close voicing of three or four notes around `centre`."""
-    keys = sorted({nearest(centre - 6 + 4 * i, (tone,), low, high) for i, tone in enumerate(chord.tones)})
-    return keys
+def voicing(chord: Chord, center: int, low: int, high: int) -> list[int]:
+    """Return a close voicing of a chord around the MIDI key `center`, in ascending order."""
+    return sorted({nearest(center - 6 + 4 * i, (tone,), low, high) for i, tone in enumerate(chord.tones)})
 
 
 Steps = list[tuple[float, int | None]]
 
 
-def _motif(rng: random.Random, frame: Frame) -> tuple[list[Steps], int]:
-    """Two bars of (duration, step or None for a rest), and the pitch offset at which the motif begins."""
-    cells = _CELLS[frame.density]
+def _motif(rng: random.Random, sheet: LeadSheet) -> tuple[list[Steps], int]:
+    """Draw two bars of (duration, step or None for a rest), and the pitch offset of the first note."""
+    cells = _CELLS[sheet.density]
     bars = []
     for _ in range(2):
         time, bar = 0.0, Steps()
-        while time < frame.beats - 1e-9:
-            options = [(c, w) for c, w in cells if time + sum(c) <= frame.beats + 1e-9]
+        while time < sheet.beats - 1e-9:
+            options = [(c, w) for c, w in cells if time + sum(c) <= sheet.beats + 1e-9]
             if not options:
-                options = [((frame.beats - time,), 1)]
+                options = [((sheet.beats - time,), 1)]
             cell = rng.choices([o[0] for o in options], [o[1] for o in options])[0]
             for duration in cell:
                 rest = time > 0 and rng.random() < 0.07

@@ -10,7 +10,7 @@ from ...conditioning.keys import SCALES
 
 SHARP = ["C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B"]
 FLAT = ["C", "Db", "D", "Eb", "E", "F", "Gb", "G", "Ab", "A", "Bb", "B"]
-# The usual spelling of each tonic: the one with fewer accidentals in its signature.
+# Usual spelling of each tonic: the one with fewer accidentals in its key signature.
 MAJOR_NAMES = ["C", "Db", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B"]
 MINOR_NAMES = ["C", "C#", "D", "Eb", "E", "F", "F#", "G", "G#", "A", "Bb", "B"]
 QUALITIES: dict[str, tuple[int, ...]] = {
@@ -25,7 +25,8 @@ QUALITIES: dict[str, tuple[int, ...]] = {
 _TRIADS = {"major": ("", "m", "m", "", "", "m", "dim"), "minor": ("m", "dim", "", "m", "", "", "")}
 _SEVENTHS = {"major": ("M7", "m7", "m7", "M7", "7", "m7", "m7b5"), "minor": ("m7", "m7b5", "M7", "m7", "7", "M7", "7")}
 
-# What may follow each degree (0 = tonic) and how often: tonic -> subdominant -> dominant -> tonic, with detours.
+# Relative frequencies of the degrees that follow each degree (0 = tonic): tonic, subdominant, dominant, tonic, with
+# detours.
 _MOVES: dict[str, dict[int, dict[int, float]]] = {
     "major": {
         0: {3: 4, 4: 3, 5: 4, 1: 2, 2: 1},
@@ -54,7 +55,7 @@ _LOOPS = {
 
 @dataclass(frozen=True)
 class Chord:
-    """A chord: root pitch class and quality (a key of QUALITIES)."""
+    """A chord: root pitch class, quality (a key of QUALITIES) and scale degree 0..6."""
 
     root: int
     quality: str
@@ -66,7 +67,7 @@ class Chord:
         return tuple((self.root + i) % 12 for i in QUALITIES[self.quality])
 
     def name(self, flats: bool) -> str:
-        """The chord symbol, as MMA reads it."""
+        """Return the chord symbol in MMA's notation."""
         return (FLAT if flats else SHARP)[self.root] + self.quality
 
 
@@ -79,12 +80,12 @@ class Key:
 
     @property
     def name(self) -> str:
-        """The tonic's usual name, as "Eb"."""
+        """Usual name of the tonic, such as "Eb"."""
         return (MAJOR_NAMES if self.mode == "major" else MINOR_NAMES)[self.tonic]
 
     @property
     def flats(self) -> bool:
-        """Whether chords are spelled with flats."""
+        """True if chords of this key are spelled with flats."""
         return "b" in self.name or self.name == "F" or (self.mode == "minor" and self.name in "CDG")
 
     @property
@@ -93,12 +94,12 @@ class Key:
         return tuple((self.tonic + i) % 12 for i in SCALES[self.mode])
 
     def chord(self, degree: int, sevenths: bool = False) -> Chord:
-        """The chord on a degree 0..6; the dominant is major in minor too."""
+        """Return the chord on a degree 0..6; the dominant is major in both modes."""
         quality = (_SEVENTHS if sevenths else _TRIADS)[self.mode][degree]
         return Chord(self.scale[degree], quality, degree)
 
     def scale_over(self, chord: Chord) -> tuple[int, ...]:
-        """The scale to play over a chord: its tones, and the key's degrees that do not clash with them."""
+        """Pitch classes to play over a chord: its tones, and scale tones not a semitone from its altered tones."""
         tones = set(chord.tones)
         return tuple(
             sorted(tones | {p for p in self.scale if not {(p + 1) % 12, (p - 1) % 12} & (tones - set(self.scale))})
@@ -106,13 +107,13 @@ class Key:
 
 
 def random_key(rng: random.Random, minor_share: float = 0.45) -> Key:
-    """A key, all tonics alike."""
+    """Draw a key with a uniform tonic and the mode minor with probability `minor_share`."""
     mode = "minor" if rng.random() < minor_share else "major"
     return Key(rng.randrange(12), mode)
 
 
 def progression(rng: random.Random, key: Key, bars: int, *, sevenths: bool = False) -> list[Chord]:
-    """One chord a bar: phrases A A B A, each a walk of the grammar or a common loop; begins and ends on the tonic."""
+    """Draw one chord a bar: phrases A A B A of chord-grammar walks or common loops, from tonic to tonic."""
     phrases = {name: _phrase(rng, key.mode) for name in "AB"}
     degrees: list[int] = []
     for name in cycle("AABA"):
@@ -128,7 +129,7 @@ def progression(rng: random.Random, key: Key, bars: int, *, sevenths: bool = Fal
 
 
 def blues(key: Key, bars: int) -> list[Chord]:
-    """The twelve-bar blues, repeated; in minor with minor tonic and subdominant. Ends on the tonic."""
+    """Repeat the twelve-bar blues over `bars` bars, ending on the tonic; in minor, I and IV are minor sevenths."""
     form = [0, 3, 0, 0, 3, 3, 0, 0, 4, 3, 0, 4]
     quality = {0: "7", 3: "7", 4: "7"} if key.mode == "major" else {0: "m7", 3: "m7", 4: "7"}
     degrees = [form[i % 12] for i in range(bars)]

@@ -1,9 +1,9 @@
-"""Traditional tunes from the ABC collections that ship with music21, read with a small parser.
+"""Parse traditional tunes from the ABC collections that ship with music21.
 
-Used: O'Neill's Music of Ireland (1903), Ryan's Mammoth Collection (1883), Aird's Airs (1778): all in the public domain.
-The Essen and Palestrina sets of the same corpus carry non-commercial terms and are left out.
-Subset of ABC that is read: notes, rests, accidentals, lengths, broken rhythm, triplets, ties, first notes of chords,
-bars and repeats (played once); grace notes, slurs, ornaments and words are skipped.
+The collections are O'Neill's Music of Ireland (1903), Ryan's Mammoth Collection (1883) and Aird's Airs (1778), all in
+the public domain. The Essen and Palestrina sets of the same corpus have non-commercial terms and are not used.
+The parser reads notes, rests, accidentals, lengths, broken rhythm, triplets, ties, the first notes of chords, bars and
+repeats (played once); it skips grace notes, slurs, ornaments and lyrics.
 """
 
 from __future__ import annotations
@@ -27,10 +27,15 @@ _METERS = {"C": (4, 4), "C|": (4, 4), "4/4": (4, 4), "2/4": (2, 4), "3/4": (3, 4
 _TOKEN = re.compile(r"([_=^]*)([A-Ga-gzx])([,']*)(\d*)(/*)(\d*)|(\(\d)|([<>]+)|(\|[\]|:]?|:\||\[\||::)|(-)")
 _SKIPPED = re.compile(r'"[^"]*"|\{[^}]*\}|![^!]*!|\[[A-Za-z]:[^\]]*\]|%.*')
 
+Bar = list[tuple[Fraction, int | None]]  # (length in whole notes, MIDI key or None for a rest)
+
 
 @dataclass(frozen=True)
 class Tune:
-    """A melody: (start, duration, MIDI key) in felt beats from the first downbeat, whole bars long."""
+    """A melody of complete bars, with notes (start, duration, MIDI key).
+
+    Times are in felt beats from the first downbeat; compound meters (6/8) have two felt beats a bar.
+    """
 
     id: str
     key: Key
@@ -42,10 +47,13 @@ class Tune:
 
 @lru_cache(maxsize=1)
 def load_tunes() -> tuple[Tune, ...]:
-    """All usable tunes, ordered by id. Raises MissingDependencyError without music21 (its corpus is read, not its code)."""
+    """Load all usable tunes, ordered by id.
+
+    Raises MissingDependencyError without music21, whose corpus is read without importing it.
+    """
     spec = importlib.util.find_spec("music21")
     if spec is None or spec.origin is None:
-        raise MissingDependencyError("the folk tunes ship with music21: pip install music21")
+        raise MissingDependencyError("the traditional tunes ship with music21; run: pip install music21")
     corpus = Path(spec.origin).parent / "corpus"
     found = []
     for collection in COLLECTIONS:
@@ -56,12 +64,18 @@ def load_tunes() -> tuple[Tune, ...]:
                 if tune is not None:
                     found.append(tune)
     if not found:
-        raise MissingDependencyError("music21 is installed without its corpus: pip install --force-reinstall music21")
+        raise MissingDependencyError(
+            "music21 is installed without its corpus; run: pip install --force-reinstall music21"
+        )
     return tuple(sorted(found, key=lambda t: t.id))
 
 
 def parse(block: str, name: str) -> Tune | None:
-    """Read one ABC tune; None when it is not in major or minor, in another meter, irregular or too short."""
+    """Parse one ABC tune.
+
+    Returns None for modes other than major and minor, unsupported meters, changes of key or meter, irregular bars, and
+    tunes of fewer than 8 bars or 20 notes.
+    """
     fields: dict[str, str] = {}
     body = []
     for line in block.splitlines():
@@ -89,10 +103,10 @@ def parse(block: str, name: str) -> Tune | None:
     return _assemble(bars, Key(tonic, mode), meter, name)
 
 
-def _bars(text: str, unit: Fraction, signature: dict[str, int]) -> Iterator[list[tuple[Fraction, int | None]]]:
-    """Bars as lists of (whole-note length, MIDI key or None for a rest); ties are joined within a bar."""
-    text = re.sub(r"\[([_=^]*[A-Ga-g][,']*\d*/*\d*)[^\]|]*\]", r"\1", text)  # chords: their first note
-    bar: list[tuple[Fraction, int | None]] = []
+def _bars(text: str, unit: Fraction, signature: dict[str, int]) -> Iterator[Bar]:
+    """Yield bars as lists of (length in whole notes, MIDI key or None for a rest); ties are joined within a bar."""
+    text = re.sub(r"\[([_=^]*[A-Ga-g][,']*\d*/*\d*)[^\]|]*\]", r"\1", text)  # keep the first note of a chord
+    bar: Bar = []
     accidentals: dict[str, int] = {}
     broken, triplet, tied = Fraction(1), 0, False
     for token in _TOKEN.finditer(text):
@@ -135,43 +149,43 @@ def _pitch(mark: str, letter: str, octave: str, accidentals: dict[str, int], sig
     return 60 + LETTERS[name] + shift + 12 * (letter.islower() + octave.count("'") - octave.count(","))
 
 
-def _assemble(bars: list, key: Key, meter: tuple[int, int], name: str) -> Tune | None:
-    """Keep whole bars (an upbeat or half bar at a repeat is dropped or joined to its other half)."""
+def _assemble(bars: list[Bar], key: Key, meter: tuple[int, int], name: str) -> Tune | None:
+    """Assemble complete bars into a tune; partial bars at repeats are joined to their second half or dropped."""
     full = Fraction(*meter)
-    whole: list[list[tuple[Fraction, int | None]]] = []
-    held: list[tuple[Fraction, int | None]] = []
+    complete: list[Bar] = []
+    partial: Bar = []
     for bar in bars:
         length = sum((n[0] for n in bar), Fraction(0))
         if length == full:
-            whole.append(bar)
-            held = []
+            complete.append(bar)
+            partial = []
         elif length < full:
-            held = held + bar
-            joined = sum((n[0] for n in held), Fraction(0))
-            if joined == full and whole:
-                whole.append(held)
-                held = []
-            elif joined >= full or not whole:
-                held = []
+            partial = partial + bar
+            joined = sum((n[0] for n in partial), Fraction(0))
+            if joined == full and complete:
+                complete.append(partial)
+                partial = []
+            elif joined >= full or not complete:
+                partial = []
         else:
             return None
     compound = meter[1] == 8
     beats = 2 if compound else meter[0]
     per_whole = Fraction(8, 3) if compound else Fraction(4)
     notes, time = [], Fraction(0)
-    for bar in whole:
+    for bar in complete:
         for length, pitch in bar:
             if pitch is not None:
                 notes.append((float(time * per_whole), float(length * per_whole), pitch))
             time += length
-    if len(whole) < 8 or len(notes) < 20 or notes[-1][2] % 12 not in (key.tonic, (key.tonic + 7) % 12):
-        return None  # a close elsewhere means that the key field is not what is heard
-    if notes[-1][2] % 12 != key.tonic and mode_doubt(notes, key):
+    if len(complete) < 8 or len(notes) < 20 or notes[-1][2] % 12 not in (key.tonic, (key.tonic + 7) % 12):
+        return None  # a close on another degree means that the key field is wrong
+    if notes[-1][2] % 12 != key.tonic and not _supports_tonic(notes, key):
         return None
-    return Tune(name, key, beats, compound, tuple(notes), len(whole))
+    return Tune(name, key, beats, compound, tuple(notes), len(complete))
 
 
-def mode_doubt(notes: list[tuple[float, float, int]], key: Key) -> bool:
-    """True when the tonic takes less than a tenth of the melody's time: its key label is not to be trusted."""
+def _supports_tonic(notes: list[tuple[float, float, int]], key: Key) -> bool:
+    """Return True if the tonic sounds for at least a tenth of the melody's time; else its key label is doubtful."""
     tonic = sum(d for _, d, p in notes if p % 12 == key.tonic)
-    return tonic < 0.1 * sum(d for _, d, _ in notes)
+    return tonic >= 0.1 * sum(d for _, d, _ in notes)
