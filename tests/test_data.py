@@ -252,7 +252,7 @@ def test_fetch_package_discards_partial_downloads(tmp_path: Path, monkeypatch: p
     program(tools, "apt-get", 'echo whole > "$3_1_all.deb"')
     assert recordings.fetch_package("x", downloads).read_text() == "whole\n"
     assert [path.name for path in downloads.iterdir()] == ["x_1_all.deb"]
-    with pytest.raises(OutputError, match=r"x_1_all\.deb: delete it"):
+    with pytest.raises(OutputError, match=r"x_1_all\.deb; delete it"):
         next(recordings.songs("x", downloads))
 
 

@@ -118,8 +118,9 @@ def room(dry: np.ndarray, seed: int) -> np.ndarray:
     response[:, predelay:] = wet * noise / np.sqrt((noise**2).sum(axis=1, keepdims=True))
     size = next_fast_len(dry.shape[1] + response.shape[1] - 1, real=True)
     source = rfft(dry.mean(axis=0), size)
-    reverb = irfft(source * rfft(response.astype(np.float32), size), size)[:, : dry.shape[1]]
-    return dry + reverb.astype(np.float32)
+    reverb: np.ndarray = irfft(source * rfft(response.astype(np.float32), size), size)[:, : dry.shape[1]]
+    mixed: np.ndarray = dry + reverb.astype(np.float32)
+    return mixed
 
 
 def normalize_loudness(samples: np.ndarray, target_db: float) -> np.ndarray:

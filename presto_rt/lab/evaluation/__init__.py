@@ -1,1 +1,1 @@
-"""Judges: distances between sets of clips, and agreement with what a caption says."""
+"""Evaluation metrics: distances between sets of clips, and adherence of clips to their captions."""

@@ -1,16 +1,16 @@
-"""Agreement with what a caption asks for: instruments, tempo, key. Every measure has a control with shuffled
-captions.
+"""Adherence of clips to their captions: instruments, tempo and key.
 
-A clip's record (`meta`) holds its `prompt` and what is true of the piece it was written for: `instruments`, `bpm`,
-`key`, `mode`. Only what the prompt says counts as asked; an instrument that the piece has but the prompt does not
-name is neither asked for nor absent, so the clip is left out of that instrument's comparison.
+The record of a clip holds its `prompt` and the ground truth of the piece that the prompt describes: `instruments`,
+`bpm`, `key`, `mode`. Only facts named in the prompt count as requested. A clip whose piece has an instrument that its
+prompt does not name is neither a positive nor a negative of that instrument. The control of each metric is its value
+with shuffled captions (`shuffled`).
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +21,22 @@ from .rhythm import tempo_agrees
 from .statistics import Estimate, bootstrap, mean
 from .tonality import best_key, mirex_score
 
-Meta = dict[str, Any]
+ClipRecord = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Instrument:
-    """Which tagger's tags speak for an instrument, which names ask for it, which are too alike to count as its
-    absence.
+    """An instrument that is scored.
+
+    Args:
+        tags: the tagger's tags of the instrument; the highest probability is its score.
+        names: names in prompts that request it.
+        similar: names too similar to count as its absence.
     """
 
     tags: tuple[str, ...]
     names: tuple[str, ...]
-    near: tuple[str, ...] = ()
+    similar: tuple[str, ...] = ()
 
 
 INSTRUMENTS = {
@@ -52,46 +56,52 @@ INSTRUMENTS = {
 MIN_POSITIVES = 5
 
 
-def named(prompt: str, name: str) -> bool:
-    """Whether the prompt names the instrument as whole words, singular or plural; not as a part of a longer name."""
+def is_named(prompt: str, name: str) -> bool:
+    """Return True if the prompt names an instrument as a whole word, singular or plural.
+
+    Longer names do not count: "electric piano" does not name a piano.
+    """
     text = prompt.lower()
     stem = name.removesuffix("s")
-    longer = {"piano": "electric ", "guitar": "electric ", "drum": "steel ", "flute": "pan "}.get(stem)
+    prefix = {"piano": "electric ", "guitar": "electric ", "drum": "steel ", "flute": "pan "}.get(stem)
     pattern = rf"\b{re.escape(stem)}s?\b"
-    return any(not (longer and text[: m.start()].endswith(longer)) for m in re.finditer(pattern, text))
+    return any(not (prefix and text[: m.start()].endswith(prefix)) for m in re.finditer(pattern, text))
 
 
-def asked_instruments(meta: Meta) -> set[str]:
-    """The piece's instruments that its prompt names."""
-    return {name for name in meta.get("instruments") or () if named(meta["prompt"], name)}
+def requested_instruments(record: ClipRecord) -> set[str]:
+    """Return the instruments of the piece that its prompt names."""
+    return {name for name in record.get("instruments") or () if is_named(record["prompt"], name)}
 
 
-def asked_bpm(meta: Meta) -> float | None:
-    """The tempo, when the prompt says it as a number."""
-    bpm = meta.get("bpm")
+def requested_bpm(record: ClipRecord) -> float | None:
+    """Return the tempo if the prompt names it as a number, else None."""
+    bpm = record.get("bpm")
     if bpm is None:
         return None
-    numbers = [float(n) for n in re.findall(r"\d+(?:\.\d+)?", meta["prompt"])]
+    numbers = [float(n) for n in re.findall(r"\d+(?:\.\d+)?", record["prompt"])]
     return float(bpm) if any(abs(n - bpm) < 1.0 for n in numbers) else None
 
 
-def asked_key(meta: Meta) -> tuple[int, str] | None:
-    """The key (pitch class, mode), when the prompt names it."""
-    key, mode = meta.get("key"), meta.get("mode")
+def requested_key(record: ClipRecord) -> tuple[int, str] | None:
+    """Return the key (pitch class, mode) if the prompt names it, else None."""
+    key, mode = record.get("key"), record.get("mode")
     if not key or mode not in MODES:
         return None
     spelled = key.replace("b", " flat") if len(key) > 1 else key
     spellings = {key, key.replace("#", "-sharp"), key.replace("#", " sharp"), spelled, spelled.replace(" ", "-")}
     for spelling in spellings:
-        if re.search(rf"(?<!\w){re.escape(spelling.lower())}[ -](?:natural )?{mode}\b", meta["prompt"].lower()):
+        if re.search(rf"(?<!\w){re.escape(spelling.lower())}[ -](?:natural )?{mode}\b", record["prompt"].lower()):
             return pitch_class(key), mode
     return None
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Probability that a positive scores above a negative, ties counting half (Mann-Whitney)."""
-    both = np.concatenate([positive, negative])
-    _, inverse, counts = np.unique(both, return_inverse=True, return_counts=True)
+    """Area under the ROC curve of scores (P,) and (N,): the probability that a positive scores above a negative.
+
+    Ties count half (Mann and Whitney 1947).
+    """
+    scores = np.concatenate([positive, negative])
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     rank = np.cumsum(counts) - (counts - 1) / 2.0
     ranks = rank[inverse][: len(positive)]
     return float((ranks.sum() - len(positive) * (len(positive) + 1) / 2) / (len(positive) * len(negative)))
@@ -100,29 +110,35 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
 def instrument_auc(
     scores: np.ndarray,
     columns: Sequence[str],
-    meta: Sequence[Meta],
+    records: Sequence[ClipRecord],
     instruments: Mapping[str, Instrument] = INSTRUMENTS,
     rounds: int = 500,
 ) -> dict[str, Any]:
-    """Mean over instruments of the AUC of the instrument's score: clips whose prompt asks for it against clips
-    without it.
+    """AUC of each instrument's score: clips whose prompt names the instrument against clips without it.
 
-    scores: (clips, columns), a clip's score of each tag; meta: one record per clip. Instruments with fewer than 5
-    clips on either side are left out. Returns {"mean": Estimate, "per_instrument": {name: Estimate}}; the intervals
-    bootstrap clips within each side.
+    Args:
+        scores: (clips, tags) score of each tag.
+        columns: tag of each column of `scores`.
+        records: one record per clip.
+        instruments: instruments by name; those with fewer than 5 positives or negatives are left out.
+        rounds: bootstrap rounds of the intervals, over clips within positives and negatives.
+
+    Returns:
+        {"mean": Estimate over instruments, "per_instrument": {name: Estimate}}.
     """
     groups: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    asked = [asked_instruments(m) for m in meta]
+    requested = [requested_instruments(record) for record in records]
+    present = [set(record.get("instruments") or ()) for record in records]
     for label, instrument in instruments.items():
-        own = [columns.index(t) for t in instrument.tags if t in columns]
-        if not own:
+        tag_columns = [columns.index(t) for t in instrument.tags if t in columns]
+        if not tag_columns:
             continue
-        score = scores[:, own].max(1)
-        forbidden = set(instrument.names) | set(instrument.near)
-        yes = np.array([bool(a & set(instrument.names)) for a in asked])
-        no = np.array([not forbidden & set(m.get("instruments") or ()) and bool(m.get("instruments")) for m in meta])
-        if min(yes.sum(), no.sum()) >= MIN_POSITIVES:
-            groups[label] = (score[yes], score[no])
+        score = scores[:, tag_columns].max(1)
+        names = set(instrument.names)
+        positive = np.array([bool(r & names) for r in requested])
+        negative = np.array([bool(p) and not p & (names | set(instrument.similar)) for p in present])
+        if min(positive.sum(), negative.sum()) >= MIN_POSITIVES:
+            groups[label] = (score[positive], score[negative])
     if not groups:
         return {"mean": mean(np.array([])), "per_instrument": {}}
     rng = np.random.default_rng(0)
@@ -130,37 +146,44 @@ def instrument_auc(
         label: np.array([auc(rng.choice(p, len(p)), rng.choice(n, len(n))) for _ in range(rounds)])
         for label, (p, n) in groups.items()
     }
-    per = {label: _with_draws(auc(p, n), draws[label], len(p)) for label, (p, n) in groups.items()}
-    average = float(np.mean([e.value for e in per.values()]))
-    total = _with_draws(average, np.mean(list(draws.values()), axis=0), int(sum(e.n for e in per.values())))
-    return {"mean": total, "per_instrument": per}
+    per_instrument = {label: _estimate(auc(p, n), draws[label], len(p)) for label, (p, n) in groups.items()}
+    average = float(np.mean([e.value for e in per_instrument.values()]))
+    positives = int(sum(e.n for e in per_instrument.values()))
+    total = _estimate(average, np.mean(list(draws.values()), axis=0), positives)
+    return {"mean": total, "per_instrument": per_instrument}
 
 
-def _with_draws(value: float, draws: np.ndarray, n: int) -> Estimate:
+def _estimate(value: float, draws: np.ndarray, n: int) -> Estimate:
     low, high = np.percentile(draws, [2.5, 97.5])
     return Estimate(value, float(low), float(high), n)
 
 
 class Probe:
-    """What the tagger's embedding tells about every instrument of the data, not only those that it has a tag for.
+    """Linear probe that detects the instruments of the data set from the tagger's embedding.
 
-    One ridge-penalised logistic regression per instrument on the clip's embedding, fitted on real clips of known
-    instruments.
+    One ridge-penalized logistic regression per instrument, fitted on real clips. It also covers instruments for which
+    the tagger has no tag.
+
+    Args:
+        embeddings: (clips, d) embeddings of real clips.
+        records: their records.
+        min_clips: instruments in fewer clips, or missing in fewer, are left out.
+        ridge: weight of the penalty.
     """
 
-    def __init__(self, embeddings: np.ndarray, meta: Sequence[Meta], least: int = 8, ridge: float = 0.01) -> None:
-        """embeddings: (clips, d) of real clips; meta: their records. Instruments in fewer than `least` clips are
-        left out.
-        """
+    def __init__(
+        self, embeddings: np.ndarray, records: Sequence[ClipRecord], min_clips: int = 8, ridge: float = 0.01
+    ) -> None:
         from scipy.optimize import minimize
 
-        counts = Counter(name for m in meta for name in set(m.get("instruments") or ()))
-        self.names = sorted(name for name, n in counts.items() if least <= n <= len(meta) - least)
-        self.centre, self.scale = embeddings.mean(0), embeddings.std(0).clip(min=1e-6)
+        present = [set(record.get("instruments") or ()) for record in records]
+        counts = Counter(name for names in present for name in names)
+        self.names = sorted(name for name, n in counts.items() if min_clips <= n <= len(records) - min_clips)
+        self.center, self.scale = embeddings.mean(0), embeddings.std(0).clip(min=1e-6)
         x = self._inputs(embeddings)
         self.weights = np.zeros((x.shape[1], len(self.names)))
         for column, name in enumerate(self.names):
-            sign = np.array([1.0 if name in (m.get("instruments") or ()) else -1.0 for m in meta])
+            sign = np.array([1.0 if name in names else -1.0 for names in present])
 
             def loss(w: np.ndarray, sign: np.ndarray = sign) -> tuple[float, np.ndarray]:
                 margin = sign * (x @ w)
@@ -172,61 +195,65 @@ class Probe:
             self.weights[:, column] = minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B").x
 
     def _inputs(self, embeddings: np.ndarray) -> np.ndarray:
-        scaled = (np.asarray(embeddings, dtype=np.float64) - self.centre) / self.scale
+        scaled = (np.asarray(embeddings, dtype=np.float64) - self.center) / self.scale
         return np.concatenate([scaled, np.ones((len(scaled), 1))], 1)
 
-    def auc(self, embeddings: np.ndarray, meta: Sequence[Meta]) -> dict[str, Any]:
-        """As `instrument_auc`, with the probe's scores of the clips' embeddings (clips, d)."""
+    def auc(self, embeddings: np.ndarray, records: Sequence[ClipRecord]) -> dict[str, Any]:
+        """Return `instrument_auc` of the probe's scores of embeddings (clips, d)."""
         table = {name: Instrument((name,), (name,)) for name in self.names}
-        return instrument_auc(self._inputs(embeddings) @ self.weights, self.names, meta, table)
+        return instrument_auc(self._inputs(embeddings) @ self.weights, self.names, records, table)
 
 
-def tempo_accuracy(
-    tempi: np.ndarray, meta: Sequence[Meta], agrees: Callable[[float, float], bool] = tempo_agrees
-) -> Estimate:
-    """Share of clips whose measured tempo (clips,) agrees with the one that their prompt names."""
-    return mean(
-        np.array([float(agrees(t, b)) for t, m in zip(tempi, meta, strict=True) if (b := asked_bpm(m)) is not None])
-    )
+def tempo_accuracy(tempi: np.ndarray, records: Sequence[ClipRecord]) -> Estimate:
+    """Fraction of clips whose measured tempo, (clips,) in bpm, agrees with the tempo in the prompt."""
+    pairs = [(tempo, requested_bpm(record)) for tempo, record in zip(tempi, records, strict=True)]
+    return mean(np.array([float(tempo_agrees(tempo, bpm)) for tempo, bpm in pairs if bpm is not None]))
 
 
-def key_accuracy(scores: np.ndarray, meta: Sequence[Meta]) -> dict[str, Estimate]:
-    """Agreement of the best-scoring key (scores: (clips, 2, 12), mode then tonic) with the one that the prompt names.
+def key_accuracy(scores: np.ndarray, records: Sequence[ClipRecord]) -> dict[str, Estimate]:
+    """Agreement of the best-scoring key with the key in the prompt.
 
-    "exact": tonic and mode; "tonic"; "mirex": graded, see `tonality.mirex_score`. A clip without any scores (silence)
-    is wrong.
+    Silent clips count as wrong.
+
+    Args:
+        scores: (clips, 2, 12) score of each key, mode then tonic.
+        records: one record per clip.
+
+    Returns:
+        "exact": fraction with the right tonic and mode; "tonic": fraction with the right tonic; "mirex": mean graded
+        score, see `tonality.mirex_score`.
     """
     exact, tonics, graded = [], [], []
-    for score, m in zip(scores, meta, strict=True):
-        want = asked_key(m)
-        if want is None:
+    for score, record in zip(scores, records, strict=True):
+        target = requested_key(record)
+        if target is None:
             continue
-        heard = best_key(score)
-        exact.append(float(heard == want))
-        tonics.append(float(heard is not None and heard[0] == want[0]))
-        graded.append(mirex_score(heard, want) if heard else 0.0)
+        estimate = best_key(score)
+        exact.append(float(estimate == target))
+        tonics.append(float(estimate is not None and estimate[0] == target[0]))
+        graded.append(mirex_score(estimate, target) if estimate else 0.0)
     return {"exact": mean(np.array(exact)), "tonic": mean(np.array(tonics)), "mirex": mean(np.array(graded))}
 
 
-def shuffled(meta: Sequence[Meta], seed: int = 0) -> list[Meta]:
-    """The records in an order in which no clip keeps its own: the control for every agreement above."""
+def shuffled(records: Sequence[ClipRecord], seed: int = 0) -> list[ClipRecord]:
+    """Permute the records so that no clip keeps its caption: the control of the metrics in this module."""
     rng = np.random.default_rng(seed)
-    n = len(meta)
+    n = len(records)
     order = rng.permutation(n)
-    moved = np.empty(n, dtype=int)
-    moved[order] = np.roll(order, 1)  # one long cycle: nobody keeps their place
-    return [meta[i] for i in moved]
+    permutation = np.empty(n, dtype=int)
+    permutation[order] = np.roll(order, 1)  # a single cycle, without fixed points
+    return [records[i] for i in permutation]
 
 
 def diversity(embeddings: np.ndarray, rounds: int = 500) -> Estimate:
-    """Mean distance between two clips' embeddings (clips, d), with its bootstrap interval over clips."""
+    """Mean distance between the embeddings (clips, d) of two clips, with its bootstrap interval over clips."""
     x = np.asarray(embeddings, dtype=np.float64)
     squares = (x**2).sum(1)
     distances = np.sqrt((squares[:, None] + squares[None] - 2 * x @ x.T).clip(min=0))
 
     def average(i: np.ndarray) -> float:
         part = distances[np.ix_(i, i)]
-        apart = i[:, None] != i[None]  # a clip drawn twice is no pair
-        return float(part[apart].mean()) if apart.any() else float("nan")
+        distinct = i[:, None] != i[None]  # a clip drawn twice is not a pair
+        return float(part[distinct].mean()) if distinct.any() else float("nan")
 
     return bootstrap(average, len(x), rounds)

@@ -1,4 +1,4 @@
-"""`presto-rt lab eval`: judge a model on held-out captions."""
+"""Command `presto-rt eval`: evaluate models on held-out captions."""
 
 from __future__ import annotations
 
@@ -12,64 +12,62 @@ from ...errors import InvalidInputError
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add `eval` to a command line's sub-commands; the parsed arguments' `run(args)` does the work and returns the
-    exit status.
-    """
+    """Add `eval` to the main parser's sub-commands; its `run(args)` returns the exit status."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "eval",
-        help="judge a model on held-out captions",
-        description="Generate clips for held-out captions and judge them beside real clips, "
+        help="evaluate a model on held-out captions",
+        description="Generate clips for held-out captions and evaluate them beside real clips, "
         "codec reconstructions, shuffled captions and noise.",
     )
-    parser.add_argument(
-        "--model", help="weights folder (default: the model that is shipped); 'none' judges the data alone"
-    )
-    parser.add_argument("--data", default="data", help="data set folder with manifest.json (default: data)")
-    parser.add_argument(
-        "--split", default="test", choices=("test", "val"), help="which held-out captions (default: test)"
-    )
-    parser.add_argument("--count", type=int, default=200, help="captions (default: 200)")
+    parser.add_argument("--model", help="weights folder (default: the shipped model); 'none' evaluates the data alone")
+    parser.add_argument("--data", default="data", help="folder of the data set (default: data)")
+    parser.add_argument("--split", default="test", choices=("test", "val"), help="held-out split (default: test)")
+    parser.add_argument("--count", type=int, default=200, help="number of captions (default: 200)")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each clip (default: 10)")
     parser.add_argument(
-        "--reference", type=int, default=400, help="real clips that distances are measured from (default: 400)"
+        "--reference", type=int, default=400, help="real clips that form the reference of the distances (default: 400)"
     )
     parser.add_argument("--steps", type=int, help="sampler steps (default: the model's)")
     parser.add_argument("--sampler", help="sampler (default: the model's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
-    parser.add_argument("--layers", help="layer schedule or share of blocks that run (default: the model's)")
+    parser.add_argument("--layers", help="layer schedule or percentage of blocks that run (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of captions, crops and noise (default: 0)")
     parser.add_argument("--batch", type=int, default=8, help="clips generated at once (default: 8)")
-    parser.add_argument("--workers", type=int, help="threads that listen (default: all cores)")
+    parser.add_argument("--workers", type=int, help="threads that extract features (default: all cores)")
     parser.add_argument(
         "--out", default="runs/evaluation", help="folder for clips, JSON and markdown (default: runs/evaluation)"
     )
     parser.add_argument(
-        "--compare", nargs="+", default=[], metavar="FOLDER", help="more weights folders, judged on the same captions"
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="further weights folders, evaluated on the same captions",
     )
     parser.add_argument(
         "--row",
         action="append",
         default=[],
         metavar="NAME=MODEL[,steps=4,layers=70%]",
-        help="instead of --model: judge this model with these settings, with its latency, and add it to a table; "
-        "may be given many times; the model 'real' is the held-out clips",
+        help="instead of --model: evaluate a model with these settings and its latency, and add it to a table; "
+        "repeatable; the model 'real' is the held-out clips",
     )
     parser.add_argument("--results", metavar="FILE", help="the table's JSON file (default: OUT/comparison.json)")
     parser.add_argument(
-        "--latency-seconds", type=float, default=32.0, help="clip length that --row times (default: 32)"
+        "--latency-seconds", type=float, default=32.0, help="length of the clips that --row times (default: 32)"
     )
     parser.add_argument("--repeats", type=int, default=5, help="timed clips for each --row (default: 5)")
     parser.add_argument(
         "--denoising",
         action="store_true",
-        help="instead of all this, the denoising error by noise level beside the best linear denoiser's",
+        help="instead, measure the denoising error by noise level beside that of the best linear denoiser",
     )
     parser.set_defaults(run=run)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Judge and print the tables."""
+    """Evaluate and print the tables."""
     _check(args)
     from .report import markdown
     from .run import evaluate_model
@@ -77,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("presto_rt").setLevel(logging.INFO)
     if args.row:
         return _compare(args)
-    chosen = {"steps": args.steps, "sampler": args.sampler, "guidance": args.guidance, "layers": args.layers}
-    options = {name: value for name, value in chosen.items() if value is not None}
+    settings = {"steps": args.steps, "sampler": args.sampler, "guidance": args.guidance, "layers": args.layers}
+    options = {name: value for name, value in settings.items() if value is not None}
     model, others = None, {}
     if args.model != "none":
         import presto_rt
@@ -106,21 +104,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises InvalidInputError, before any work, for numbers and names that the work would stumble on."""
-    least = {"count": 4, "reference": 4, "batch": 1, "workers": 1, "repeats": 1, "seed": 0}
-    for name, low in least.items():
+    """Raise InvalidInputError for invalid numbers and ambiguous names before any work."""
+    minimum = {"count": 4, "reference": 4, "batch": 1, "workers": 1, "repeats": 1, "seed": 0}
+    for name, low in minimum.items():
         value = getattr(args, name)
         if value is not None and value < low:
-            raise InvalidInputError(f"--{name} must be at least {low}, not {value}")
+            raise InvalidInputError(f"--{name} must be at least {low}, got {value}")
     if not 0.5 <= args.seconds < math.inf:
-        raise InvalidInputError(f"--seconds must be at least 0.5, not {args.seconds:g}")
+        raise InvalidInputError(f"--seconds must be at least 0.5, got {args.seconds:g}")
     names = ["generated", *(Path(folder).name for folder in args.compare)]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InvalidInputError(f"--compare: two models would be called {twice[0]!r} in the tables; rename a folder")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise InvalidInputError(f"--compare: two models are named {duplicates[0]!r} in the tables; rename a folder")
 
 
 def _compare(args: argparse.Namespace) -> int:
-    """Judge each --row, print the whole table, and draw both plots beside the clips."""
+    """Evaluate each --row, print the table of all rows, and draw both plots into --out."""
     from .compare import compare, markdown, parse_row, plot
 
     rows = [parse_row(text) for text in args.row]
@@ -154,7 +152,7 @@ def _denoising(model: Any, args: argparse.Namespace) -> int:
     from .report import environment
 
     if model is None:
-        raise InvalidInputError("--denoising needs a model; leave out --model none")
+        raise InvalidInputError("--denoising needs a model; omit --model none")
     rows = model_errors(model, args.data, split=args.split, seed=args.seed + 1)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)

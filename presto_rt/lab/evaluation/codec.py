@@ -1,7 +1,7 @@
-"""How close a codec's reconstruction is to the original, beside Opus at several bit rates.
+"""Evaluate the reconstructions of a codec beside Opus at several bit rates.
 
-Clips are held-out pieces: rendered ones and recordings, (2, n) float32 at 44.1 kHz. `measure` compares two clips;
-`evaluate_codec` runs the codec and Opus over a data set's test split; bench/codec.py writes its JSON and pictures.
+Clips are (2, n) float32 at 44.1 kHz. `measure` compares two clips; `evaluate_codec` runs the codec and Opus on groups
+of held-out clips; bench/codec.py writes the JSON and the figures of docs/codec.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,10 @@ BANDS = 80
 
 
 def spectrum(clip: Tensor, n_fft: int = N_FFT) -> Tensor:
-    """Magnitudes (channels, bins, frames) of (channels, n) samples; Hann, hop n_fft / 4; a full-scale sine has
-    magnitude 1."""
+    """STFT magnitudes of samples (channels, n): (channels, bins, frames), where a full-scale sine has magnitude 1.
+
+    The window is Hann, the hop n_fft / 4.
+    """
     window = torch.hann_window(n_fft)
     return torch.stft(clip, n_fft, n_fft // 4, window=window, return_complex=True, pad_mode="constant").abs() * (
         4.0 / n_fft
@@ -60,21 +62,20 @@ def measure(original: np.ndarray, copy: np.ndarray) -> dict[str, float]:
     """Distances between two stereo clips (2, n) of the same length, float32 at 44.1 kHz.
 
     - mel_db: mean absolute difference of log-power in 80 mel bands (20 Hz to 20 kHz, FFT 2048, hop 512) of left and
-      right, floor -90 dB;
-    - stft: mean over FFT 512, 1024, 2048, 4096 of spectral convergence, |S - S'| / |S| (Frobenius), left and right;
-    - si_sdr_db: scale-invariant signal-to-distortion ratio. A codec that does not code phase has about -30 dB or less
-      by design;
-    - high_db: absolute difference of the level in 8-16 kHz, over frames of 46 ms, mean;
-    - side_db: absolute difference of the side-to-mid level in 40 mel bands, averaged over 0.37 s, mean.
+      right, with a floor of -90 dB;
+    - stft: spectral convergence |S - S'| / |S| (Frobenius norms) of left and right, averaged over FFT sizes 512, 1024,
+      2048 and 4096;
+    - si_sdr_db: scale-invariant signal-to-distortion ratio, about -30 dB or less for a codec that does not code phase;
+    - high_db: mean absolute difference of the level in 8-16 kHz, over frames of 46 ms;
+    - side_db: mean absolute difference of the side-to-mid ratio in 40 mel bands, over blocks of 0.37 s.
+
+    Raises InvalidInputError for other shapes and clips of fewer than 4096 frames.
     """
     if original.shape != copy.shape or original.ndim != 2 or original.shape[0] != 2 or original.shape[1] < 4096:
         raise InvalidInputError(
-            f"clips must be two (2, n) arrays of one length of at least 4096, got {original.shape} and {copy.shape}"
+            f"clips must be two (2, n) arrays of the same length n >= 4096, got {original.shape} and {copy.shape}"
         )
-    x, y = (
-        torch.from_numpy(np.ascontiguousarray(original)).float(),
-        torch.from_numpy(np.ascontiguousarray(copy)).float(),
-    )
+    x, y = (torch.from_numpy(np.ascontiguousarray(clip)).float() for clip in (original, copy))
     sx, sy = spectrum(x), spectrum(y)
     px, py = sx.square(), sy.square()
     mels = _mels(BANDS)
@@ -101,10 +102,12 @@ def _side_to_mid(clip: Tensor) -> Tensor:
 
 
 def opus(clip: np.ndarray, kilobits: int) -> np.ndarray:
-    """The clip (2, n) after Opus at `kilobits` kb/s, aligned, same length. Raises MissingDependencyError where opus-tools
-    is absent."""
+    """Encode and decode a clip (2, n) with Opus at `kilobits` kb/s, aligned and of the same length.
+
+    Raises MissingDependencyError without opus-tools.
+    """
     if not (shutil.which("opusenc") and shutil.which("opusdec")):
-        raise MissingDependencyError("opusenc and opusdec are not found: install opus-tools to compare with Opus")
+        raise MissingDependencyError("opusenc and opusdec are not installed; run: apt-get install opus-tools")
     import soundfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -112,21 +115,24 @@ def opus(clip: np.ndarray, kilobits: int) -> np.ndarray:
         soundfile.write(source, clip.T, SAMPLE_RATE, subtype="PCM_16")
         subprocess.run(["opusenc", "--quiet", "--bitrate", str(kilobits), source, coded], check=True)
         subprocess.run(["opusdec", "--quiet", "--rate", str(SAMPLE_RATE), coded, decoded], check=True)
-        back = soundfile.read(decoded, dtype="float32", always_2d=True)[0].T[:, : clip.shape[1]]
-    return np.pad(back, ((0, 0), (0, clip.shape[1] - back.shape[1])))
+        decoded_clip = soundfile.read(decoded, dtype="float32", always_2d=True)[0].T[:, : clip.shape[1]]
+    return np.pad(decoded_clip, ((0, 0), (0, clip.shape[1] - decoded_clip.shape[1])))
 
 
 def held_out(root: str | os.PathLike[str], group: str, count: int, seconds: float, seed: int = 0) -> list[np.ndarray]:
-    """`count` clips (2, n) of the test split, one for each item while they last: group "rendered" or "recorded"."""
+    """Load at most `count` clips (2, n) of the test split, one of each item, in random order.
+
+    `group` is "rendered" or "recorded". Silent crops are skipped.
+    """
     kinds = ("recording",) if group == "recorded" else ("solo", "duo", "band")
     frames = int(seconds * SAMPLE_RATE)
-    long = [i for i in items(load_manifest(root), "test", kinds) if frames_of(i) >= frames]
+    candidates = [i for i in items(load_manifest(root), "test", kinds) if frames_of(i) >= frames]
     rng = np.random.default_rng(seed)
     clips = []
-    for index in rng.permutation(len(long)):
-        start = int(rng.integers(0, frames_of(long[index]) - frames + 1))
-        clip = read_audio(long[index], start, frames, root=root)
-        if np.square(clip).mean() > 1e-6:  # not silence
+    for index in rng.permutation(len(candidates)):
+        start = int(rng.integers(0, frames_of(candidates[index]) - frames + 1))
+        clip = read_audio(candidates[index], start, frames, root=root)
+        if np.square(clip).mean() > 1e-6:  # -60 dBFS
             clips.append(clip)
         if len(clips) == count:
             break
@@ -142,11 +148,19 @@ def evaluate_codec(
     noise: Sequence[float] = (0.1,),
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Mean measures of the codec and of Opus for each group of clips: {"systems": {name: {group: measures}}, "notes":
-    [...]}, with the 95 % bootstrap interval of mel_db over clips.
+    """Measure the codec and Opus on groups of clips.
 
-    The codec appears once for each number of Griffin-Lim iterations, and with Gaussian noise of the given shares of
-    the latents' standard deviation added. Opus is left out, with a note, where its tools are absent.
+    Args:
+        codec: the codec.
+        groups: clips (2, n) by name of the group.
+        griffin_lim: numbers of Griffin-Lim iterations to decode with.
+        opus_rates: bit rates of Opus in kb/s; left out, with a note, without opus-tools.
+        noise: levels of Gaussian noise on the latents, as fractions of their standard deviation 0.5.
+        progress: show a progress bar.
+
+    Returns:
+        {"systems": {name: {group: measures}}, "notes": [...]}, with means over clips of the measures in MEASURES, and
+        the 95 % bootstrap interval of mel_db as "mel_db_interval".
     """
     systems: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
     notes: list[str] = []
@@ -154,14 +168,13 @@ def evaluate_codec(
         notes.append("Opus is left out: opusenc and opusdec are not installed")
         opus_rates = ()
     for rate in opus_rates:
-        systems[f"Opus {rate} kb/s"] = lambda clip, rate=rate: opus(clip, rate)
+        systems[f"Opus {rate} kb/s"] = partial(opus, kilobits=rate)
     for iterations in griffin_lim:
-        systems[f"codec, {iterations} Griffin-Lim"] = lambda clip, n=iterations: _round_trip(codec, clip, n)
-    best = codec.config.griffin_lim
+        systems[f"codec, {iterations} Griffin-Lim"] = partial(_round_trip, codec, griffin_lim=iterations)
+    default = codec.config.griffin_lim
     for level in noise:
-        systems[f"codec, {best} Griffin-Lim, noise {level} sigma"] = lambda clip, s=level: _round_trip(
-            codec, clip, best, s
-        )
+        name = f"codec, {default} Griffin-Lim, noise {level} sigma"
+        systems[name] = partial(_round_trip, codec, griffin_lim=default, noise=level)
     results: dict[str, Any] = {}
     bar = tqdm(total=len(systems) * sum(map(len, groups.values())), desc="codec", unit="clip", disable=not progress)
     for name, system in systems.items():
@@ -182,14 +195,17 @@ def evaluate_codec(
 def _round_trip(codec: Codec, clip: np.ndarray, griffin_lim: int, noise: float = 0.0) -> np.ndarray:
     latents = codec.encode(torch.from_numpy(clip)[None])
     if noise:
-        draw = torch.Generator().manual_seed(0)
-        latents = latents + noise * 0.5 * torch.randn(latents.shape, generator=draw).to(latents)
-    return codec.decode(latents, clip.shape[1], griffin_lim)[0].cpu().numpy()
+        generator = torch.Generator().manual_seed(0)
+        latents = latents + noise * 0.5 * torch.randn(latents.shape, generator=generator).to(latents)
+    decoded: np.ndarray = codec.decode(latents, clip.shape[1], griffin_lim)[0].cpu().numpy()
+    return decoded
 
 
 def time_codec(codec: Codec, seconds: float = 32.0, repeats: int = 5) -> dict[str, float]:
-    """Median wall seconds for `seconds` of stereo: encode, decode network alone, and decode with 0, 2 and 4
-    Griffin-Lim iterations."""
+    """Median wall seconds of each stage for `seconds` of stereo.
+
+    The stages are the encoder, the decoder network, and decoding with 0, 2 and 4 Griffin-Lim iterations.
+    """
     samples = 0.1 * torch.randn(1, 2, int(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
     latents = codec.encode(samples)
 
@@ -197,9 +213,9 @@ def time_codec(codec: Codec, seconds: float = 32.0, repeats: int = 5) -> dict[st
         with torch.inference_mode():
             codec.decode_features(latents)
 
-    tasks: dict[str, Callable[[], object]] = {"encode": lambda: codec.encode(samples), "decode network": network}
+    tasks: dict[str, Callable[[], object]] = {"encode": partial(codec.encode, samples), "decode network": network}
     for n in (0, 2, 4):
-        tasks[f"decode, {n} Griffin-Lim"] = lambda n=n: codec.decode(latents, griffin_lim=n)
+        tasks[f"decode, {n} Griffin-Lim"] = partial(codec.decode, latents, griffin_lim=n)
     out = {}
     for name, task in tasks.items():
         task()
@@ -213,7 +229,7 @@ def time_codec(codec: Codec, seconds: float = 32.0, repeats: int = 5) -> dict[st
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report's table: one row for each system, every cell group by group."""
+    """Format the results of `evaluate_codec` as a markdown table: one row for each system, groups side by side."""
     groups = list(next(iter(report["systems"].values())))
     lines = [f"| {' / '.join(groups)} | " + " | ".join(MEASURES.values()) + " |", "|---" * (len(MEASURES) + 1) + "|"]
     for name, by_group in report["systems"].items():
@@ -230,13 +246,15 @@ def _cell(measures: dict[str, Any], key: str) -> str:
 
 
 def picture(path: str | os.PathLike[str], clips: dict[str, np.ndarray]) -> None:
-    """Spectrograms of stereo clips (2, n) by title, one above the other, as PNG. Raises MissingDependencyError without
-    matplotlib."""
+    """Draw the spectrograms of stereo clips (2, n), by title, one above the other, into a PNG file.
+
+    Raises MissingDependencyError without matplotlib.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError("spectrogram pictures need matplotlib: pip install matplotlib") from error
+        raise MissingDependencyError("spectrograms need matplotlib; run: pip install matplotlib") from error
     figure = Figure(figsize=(7, 2.5 * len(clips)), dpi=64, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(clips), 1, sharex=True, squeeze=False)[:, 0]

@@ -1,8 +1,8 @@
-"""Any set of models and settings, judged alike: the same captions, seeds and judges; quality, diversity and latency.
+"""Compare models and settings on the same captions and seeds: quality, diversity and latency.
 
-A row is written NAME=MODEL[,steps=4][,layers=70%][,sampler=...][,guidance=1]; MODEL is a shipped model or a weights
-folder, or "real" for the held-out clips themselves. Rows collect in one JSON file, so that each can be its own command;
-a file holds rows of one set of settings only.
+A row is written NAME=MODEL[,steps=4][,layers=70%][,sampler=...][,guidance=1]. MODEL is a shipped model, a weights
+folder, or "real" for the held-out clips themselves. Rows accumulate in one JSON file, so each can be a command of its
+own; all rows of a file share the same settings.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ...diffusion.samplers import evaluated_sigmas
-from ...errors import InvalidInputError
+from ...errors import InvalidInputError, MissingDependencyError
+from ...pipeline import Pipeline, load
 from ..data.dataset import items, load_manifest
+from .clip_sets import RENDERED, choose_records, generated_clips, real_clips
 from .report import environment, evaluate
-from .run import RENDERED, choose, generated, real_clips
 
 log = logging.getLogger("presto_rt")
 
@@ -31,84 +32,137 @@ PROMPT = "calm piano with warm strings, 84 bpm"
 
 
 @dataclass(frozen=True)
-class Row:
-    """A model and how it is run; options are those of `Pipeline.generate`."""
+class ComparisonRow:
+    """A model and the arguments of `Pipeline.generate` it is evaluated with."""
 
     name: str
     model: str
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def parse_row(text: str) -> Row:
-    """A row from its command-line form. Raises InvalidInputError."""
+def parse_row(text: str) -> ComparisonRow:
+    """Parse a row NAME=MODEL[,option=value]...; raises InvalidInputError for other forms, options and values."""
     name, equals, rest = text.partition("=")
     model, *settings = rest.split(",")
     if not (name.strip() and equals and model.strip()):
-        raise InvalidInputError(f"a row is NAME=MODEL[,steps=4][,layers=70%], not {text!r}")
+        raise InvalidInputError(f"invalid row {text!r}; expected NAME=MODEL[,steps=4][,layers=70%]")
     options: dict[str, Any] = {}
     for setting in settings:
         option, equals, value = setting.strip().partition("=")
         if not equals or option not in OPTIONS:
-            raise InvalidInputError(f"row {name!r}: {setting!r} is none of {', '.join(o + '=' for o in OPTIONS)}")
+            raise InvalidInputError(
+                f"row {name!r}: unknown setting {setting!r}; choose from: {', '.join(o + '=' for o in OPTIONS)}"
+            )
         try:
             options[option] = OPTIONS[option](value)
         except ValueError as error:
-            raise InvalidInputError(f"row {name!r}: {option} cannot be {value!r}") from error
-    return Row(name.strip(), model.strip(), options)
+            kind = OPTIONS[option].__name__
+            message = f"row {name!r}: invalid value {value!r} of {option}; expected {kind}"
+            raise InvalidInputError(message) from error
+
+    return ComparisonRow(name.strip(), model.strip(), options)
 
 
-def plan_facts(model: Any, options: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Steps, sampler, evaluations of the denoiser (NFE), passes of the network (a guided evaluation takes two), and the
-    share of blocks that run in them."""
+def plan_cost(model: Pipeline, options: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Cost of the sampling plan of a clip.
+
+    Returns steps, sampler and guidance scale; "nfe", the evaluations of the denoiser; "passes", the passes of the
+    network, two for each guided evaluation; and "blocks", the fraction of blocks that run in them.
+    """
     plan = model.plan(seconds, **options)
-    levels = evaluated_sigmas(plan.sampler, plan.levels)
-    branches = [2 if plan.guidance.active(s) else 1 for s in levels]
-    run = sum(n * len(plan.layers.blocks(s)) for n, s in zip(branches, levels, strict=True))
+    sigmas = evaluated_sigmas(plan.sampler, plan.levels)
+    branches = [2 if plan.guidance.active(s) else 1 for s in sigmas]
+    blocks = sum(n * len(plan.layers.blocks(s)) for n, s in zip(branches, sigmas, strict=True))
     passes = sum(branches)
-    return {"steps": len(plan.levels) - 1, "sampler": plan.sampler, "guidance": plan.guidance.scale,
-            "nfe": len(levels), "passes": passes, "blocks": run / (passes * model.config.blocks)}  # fmt: skip
+    return {
+        "steps": len(plan.levels) - 1,
+        "sampler": plan.sampler,
+        "guidance": plan.guidance.scale,
+        "nfe": len(sigmas),
+        "passes": passes,
+        "blocks": blocks / (passes * model.config.blocks),
+    }
 
 
-def latencies(plans: Sequence[tuple[Any, dict[str, Any]]], seconds: float, repeats: int) -> list[dict[str, Any]]:
-    """Seconds from prompt to samples of every (model, options of generate), by stage: median, and p90 of the total.
+def latencies(plans: Sequence[tuple[Pipeline, dict[str, Any]]], seconds: float, repeats: int) -> list[dict[str, Any]]:
+    """Measure the seconds from prompt to samples of each (model, arguments of generate).
 
-    One warm-up each, then turn about, so that what else the machine does falls on all alike.
+    Each runs once to warm up; the `repeats` timed runs are interleaved, so that load on the machine affects all alike.
+    Returns, for each, the median of each stage and of the total, and the 90th percentile of the total ("p90").
     """
     runs: list[list[dict[str, float]]] = [[] for _ in plans]
     for i in range(repeats + 1):
-        for (model, options), mine in zip(plans, runs, strict=True):
-            mine.append(model.generate(PROMPT, seconds=seconds, seed=i, **options).timings)
-    found = []
-    for mine in (times[1:] for times in runs):
-        totals = sorted(run["total"] for run in mine)
-        stages = {stage: statistics.median(run[stage] for run in mine) for stage in STAGES}
+        for (model, options), timings in zip(plans, runs, strict=True):
+            timings.append(model.generate(PROMPT, seconds=seconds, seed=i, **options).timings)
+    results = []
+    for _, *timings in runs:
+        totals = sorted(run["total"] for run in timings)
+        stages = {stage: statistics.median(run[stage] for run in timings) for stage in STAGES}
         p90 = totals[min(repeats - 1, int(0.9 * repeats))]
-        found.append({"seconds": seconds, "repeats": repeats, "p90": p90, **stages})
-    return found
+        results.append({"seconds": seconds, "repeats": repeats, "p90": p90, **stages})
+    return results
 
 
-def compare(rows: Sequence[Row], data_root: str | Path, out: str | Path, *, results: str | Path | None = None,
-            count: int = 200, seconds: float = 10.0, reference_count: int = 400, seed: int = 0, split: str = "test",
-            batch: int = 8, workers: int | None = None, latency_seconds: float = 32.0, repeats: int = 5,
-            device: str = "auto") -> dict[str, Any]:  # fmt: skip
-    """Judge rows and add them to `results` (default `out`/comparison.json); returns the whole file's content.
+def compare(
+    rows: Sequence[ComparisonRow],
+    data_root: str | Path,
+    out: str | Path,
+    *,
+    results: str | Path | None = None,
+    count: int = 200,
+    seconds: float = 10.0,
+    reference_count: int = 400,
+    seed: int = 0,
+    split: str = "test",
+    batch: int = 8,
+    workers: int | None = None,
+    latency_seconds: float = 32.0,
+    repeats: int = 5,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Evaluate rows, add them to a results file, and return its content.
 
-    Prompts, crops and noise depend on `seed` and the data alone, so rows of different calls are comparable; the file
-    refuses rows of other settings. Clips are kept below `out`. latency_seconds: length of the clips that are timed,
-    `repeats` times; 0: not here (`bench/distillation.py latency` times all rows turn about).
+    Prompts, crops and noise depend on `seed` and the data alone, so rows of different calls are comparable.
+
+    Args:
+        rows: models with their settings.
+        data_root: folder of the data set.
+        out: folder below which the generated clips are cached.
+        results: results file; None is `out`/comparison.json.
+        count: number of captions.
+        seconds: length of each clip.
+        reference_count: clips of the other splits that form the reference.
+        seed: seed of captions, crops and noise.
+        split: held-out split, "test" or "val".
+        batch: clips that are generated at a time.
+        workers: threads that extract features; None uses all cores.
+        latency_seconds: length of the timed clips.
+        repeats: timed clips; 0 leaves out the latency.
+        device: device of the models.
+
+    Returns:
+        {"settings", "rows": {name: row}} with all rows of the file.
+
+    Raises:
+        InvalidInputError: the results file holds rows of other settings.
+        MissingDependencyError: the package of a metric is not installed.
     """
-    from ...pipeline import load
-
     root, file = Path(data_root), Path(results) if results is not None else Path(out) / "comparison.json"
     manifest = load_manifest(root)
-    settings = {"count": count, "seconds": seconds, "reference": reference_count, "seed": seed, "split": split,
-                "data": manifest.hash}  # fmt: skip
+    settings = {
+        "count": count,
+        "seconds": seconds,
+        "reference": reference_count,
+        "seed": seed,
+        "split": split,
+        "data": manifest.hash,
+    }
     table = read(file)
     if table["rows"] and table["settings"] != settings:
         raise InvalidInputError(f"{file} holds rows of other settings ({table['settings']}); choose another file")
-    records = choose(items(manifest, split, RENDERED), count, seconds, seed)
+    records = choose_records(items(manifest, split, RENDERED), count, seconds, seed)
     rest = [i for i in items(manifest, ("train", "val"), RENDERED) if i.split != split]
-    reference_records = choose(rest, reference_count, seconds, seed + 1)
+    reference_records = choose_records(rest, reference_count, seconds, seed + 1)
     reference = real_clips(reference_records, root, seconds)
     for row in rows:
         entry: dict[str, Any] = {"model": Path(row.model).name, "options": row.options}
@@ -116,43 +170,66 @@ def compare(rows: Sequence[Row], data_root: str | Path, out: str | Path, *, resu
             clips = real_clips(records, root, seconds)
         else:
             model = load(row.model, device=device)
-            entry |= {"digest": model.digest, "plan": plan_facts(model, row.options, seconds)}
+            entry |= {"digest": model.digest, "plan": plan_cost(model, row.options, seconds)}
             folder = Path(out) / "clips" / "".join(c if c.isalnum() else "-" for c in row.name)
             prompts = [record["prompt"] for record in records]
-            clips = generated(model, prompts, folder, seconds=seconds, seed=seed, batch=batch, **row.options)
+            clips = generated_clips(model, prompts, folder, seconds=seconds, seed=seed, batch=batch, **row.options)
             if repeats:
                 entry["latency"] = latencies([(model, row.options)], latency_seconds, repeats)[0]
-        judged = evaluate({row.name: clips}, records, reference, reference_meta=reference_records, workers=workers,
-                          keep=root / "heard")  # fmt: skip
-        entry |= {"measures": judged["sets"][row.name], "environment": environment()}
-        log.info("judged %s", row.name)
-        table = read(file)  # another call may have added rows meanwhile
+        result = evaluate(
+            {row.name: clips},
+            records,
+            reference,
+            reference_records=reference_records,
+            workers=workers,
+            cache=root / "features",
+        )
+        entry |= {"measures": result["sets"][row.name], "environment": environment()}
+        log.info("evaluated %s", row.name)
+        table = read(file)  # another process may have added rows in the meantime
         table = {"settings": settings, "rows": {**table["rows"], row.name: entry}}
         write(table, file)
     return table
 
 
 def read(file: str | Path) -> dict[str, Any]:
-    """A comparison file; an empty table where there is none."""
+    """Read a results file; an empty table if it does not exist."""
     path = Path(file)
-    return json.loads(path.read_text()) if path.is_file() else {"settings": {}, "rows": {}}
+    if not path.is_file():
+        return {"settings": {}, "rows": {}}
+    table: dict[str, Any] = json.loads(path.read_text())
+    return table
 
 
 def write(table: dict[str, Any], file: Path) -> None:
-    """A comparison file, whole or not at all."""
+    """Write a results file atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_suffix(f".{os.getpid()}.tmp")
-    fresh.write_text(json.dumps(table, indent=1) + "\n")
-    fresh.replace(file)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(table, indent=1) + "\n")
+    temporary.replace(file)
 
 
-HEADER = ["row", "NFE", "network passes", "blocks, %", "KID x1000", "MMD x1000", "instruments, AUC", "tempo, %",
-          "key, %", "recall", "density / coverage", "diversity", "latency, s", "real-time factor"]  # fmt: skip
+HEADER = (
+    "row",
+    "NFE",
+    "network passes",
+    "blocks, %",
+    "KID x1000",
+    "MMD x1000",
+    "instruments, AUC",
+    "tempo, %",
+    "key, %",
+    "recall",
+    "density / coverage",
+    "diversity",
+    "latency, s",
+    "real-time factor",
+)
 MISSING = "not measured"
 
 
 def markdown(table: dict[str, Any], names: Sequence[str] | None = None) -> str:
-    """Quality, diversity and latency of the named rows (None: all), in order; rows that are missing say so."""
+    """Format a markdown table of the named rows in their order, all rows by default; missing rows are marked."""
     lines = [f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
     for name in names if names is not None else list(table["rows"]):
         row = table["rows"].get(name)
@@ -163,7 +240,7 @@ def markdown(table: dict[str, Any], names: Sequence[str] | None = None) -> str:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     m, plan = row["measures"], row.get("plan")
-    time, spread = row.get("latency"), m["prdc"]
+    latency, prdc = row.get("latency"), m["prdc"]
     return [
         str(plan["nfe"]) if plan else "-",
         str(plan["passes"]) if plan else "-",
@@ -173,48 +250,54 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _estimate(m["probe"]["mean"] if m["probe"] else None, 1, 3),
         _estimate(m["tempo"], 100, 0),
         _estimate(m["key"]["exact"], 100, 0),
-        f"{spread['recall']:.2f}" if spread else "-",
-        f"{spread['density']:.2f} / {spread['coverage']:.2f}" if spread else "-",
+        f"{prdc['recall']:.2f}" if prdc else "-",
+        f"{prdc['density']:.2f} / {prdc['coverage']:.2f}" if prdc else "-",
         _estimate(m["diversity"], 1, 1),
-        f"{time['total']:.3f}" if time else "-",
-        f"{time['seconds'] / time['total']:.1f}" if time else "-",
+        f"{latency['total']:.3f}" if latency else "-",
+        f"{latency['seconds'] / latency['total']:.1f}" if latency else "-",
     ]
 
 
 def _estimate(value: dict[str, Any] | None, scale: float, digits: int) -> str:
     if not value or value["value"] is None:
         return "-"
-    middle, low, high = (
+    center, low, high = (
         f"{value[k] * scale:.{digits}f}" if value[k] is not None else "?" for k in ("value", "low", "high")
     )
-    return f"{middle} ({low} to {high})"
+    return f"{center} ({low} to {high})"
 
 
 def plot(table: dict[str, Any], groups: dict[str, Sequence[str]], by: str, path: str | Path) -> bool:
-    """Quality (KID, lower is better, with 95 % intervals) against `by`: "nfe" or "latency". One line for each group
-    of row names. Returns False, and draws nothing, where no row was measured."""
-    import matplotlib
+    """Plot quality (KID with 95 % intervals) against `by`, "nfe" or "latency", and save the figure.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    `groups` names the rows of each line. Returns False without drawing if no row was measured. Raises
+    MissingDependencyError without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("plots need matplotlib; run: pip install matplotlib") from error
 
-    def place(row: dict[str, Any]) -> float:
+    def position(row: dict[str, Any]) -> float:
         return float(row["plan"]["nfe"] if by == "nfe" else row["latency"]["total"])
 
     needed = "plan" if by == "nfe" else "latency"
     measured = {
-        group: sorted((table["rows"][n] for n in names if needed in table["rows"].get(n, {})), key=place)
+        group: sorted((table["rows"][n] for n in names if needed in table["rows"].get(n, {})), key=position)
         for group, names in groups.items()
     }
     if not any(measured.values()):
         return False
-    figure, axis = plt.subplots(figsize=(6.5, 4))
+    figure = Figure(figsize=(6.5, 4))
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
     for group, rows in measured.items():
         if rows:
             kid = [row["measures"]["kid"] for row in rows]
             value = [1000 * k["value"] for k in kid]
-            error = [[1000 * (k["value"] - k["low"]) for k in kid], [1000 * (k["high"] - k["value"]) for k in kid]]
-            axis.errorbar([place(row) for row in rows], value, error, marker="o", capsize=2, label=group)
+            interval = [[1000 * (k["value"] - k["low"]) for k in kid], [1000 * (k["high"] - k["value"]) for k in kid]]
+            axis.errorbar([position(row) for row in rows], value, interval, marker="o", capsize=2, label=group)
     label = "evaluations of the denoiser (NFE)"
     if by == "latency":
         seconds = next(row["latency"]["seconds"] for rows in measured.values() for row in rows)
@@ -223,5 +306,4 @@ def plot(table: dict[str, Any], groups: dict[str, Sequence[str]], by: str, path:
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return True

@@ -1,18 +1,16 @@
-"""The tagger that judges: musicnn (Pons and Serra 2019, arXiv 1909.06654) in torch, from the weights in its own
-package.
+"""Music tagger musicnn (Pons and Serra 2019, arXiv 1909.06654) in torch, with the weights of the musicnn package.
 
-musicnn hears 16 kHz mono (nothing above 8 kHz) in windows of 187 log-mel frames, 3 s. Per window it gives 50 tag
-probabilities and a 200-d penultimate layer, which the distances use as an embedding.
+The network takes windows of 187 log-mel frames (3 s) of 16 kHz mono audio, and returns 50 tag probabilities and a
+200-dimensional penultimate layer, which the distances use as an embedding.
 
-The package's weights are TensorFlow 1 checkpoints, read by `tf_checkpoint`; neither TensorFlow nor librosa is
-imported. `logmel` follows the package's front-end with one exception: the package rounds mel powers to float16 before
-it multiplies by 10,000, which overflows on loud tones; here everything stays float32.
+The package's weights are a TensorFlow 1 checkpoint, read by `tf_checkpoint` without TensorFlow. `logmel` follows the
+package's front-end with one exception: the package rounds mel powers to float16 before it multiplies them by 10,000,
+which overflows on loud tones; here all arithmetic is float32.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,15 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import InvalidInputError, MissingDependencyError
+from ...errors import InvalidInputError, MissingDependencyError, WeightsError
 from .tf_checkpoint import read_checkpoint
 
 RATE, N_FFT, HOP, MELS, FRAMES = 16000, 512, 256, 96, 187
 BN_EPS = 1e-3  # the default of tf.layers.batch_normalization
 
-# The tags in output order, a property of the weights (MagnaTagATune's and the Million Song Dataset's 50 most
-# frequent).
-MTT_TAGS = tuple(
+MODEL = "MTT_musicnn"  # trained on MagnaTagATune, whose tags name instruments
+
+# MagnaTagATune's 50 most frequent tags, in the order of the network's outputs.
+TAGS = tuple(
     """
     guitar,classical,slow,techno,strings,drums,electronic,rock,fast,piano,ambient,beat,violin,vocal,synth,female,
     indian,opera,male,singing,vocals,no vocals,harpsichord,loud,quiet,flute,woman,male vocal,no vocal,pop,soft,
@@ -40,23 +39,12 @@ MTT_TAGS = tuple(
     .replace("    ", "")
     .split(",")
 )
-MSD_TAGS = tuple(
-    """
-    rock,pop,alternative,indie,electronic,female vocalists,dance,00s,alternative rock,jazz,beautiful,metal,chillout,
-    male vocalists,classic rock,soul,indie rock,Mellow,electronica,80s,folk,90s,chill,instrumental,punk,oldies,blues,
-    hard rock,ambient,acoustic,experimental,female vocalist,guitar,Hip-Hop,70s,party,country,easy listening,sexy,
-    catchy,funk,electro,heavy metal,Progressive rock,60s,rnb,indie pop,sad,House,happy
-    """.replace("\n", "")
-    .replace("    ", "")
-    .split(",")
-)
-TAGS = {"MTT_musicnn": MTT_TAGS, "MSD_musicnn": MSD_TAGS}
 
 
 def mel_matrix(rate: int = RATE, n_fft: int = N_FFT, mels: int = MELS) -> np.ndarray:
-    """Slaney mel filters of unit area, (mels, n_fft // 2 + 1) float32, from 0 Hz to rate / 2.
+    """Return Slaney mel filters of unit area from 0 Hz to rate / 2: (mels, n_fft // 2 + 1) float32.
 
-    Slaney's scale (Auditory Toolbox 1998) is linear, 200/3 Hz per mel, up to 1 kHz, then logarithmic, ln(6.4)/27 per
+    The scale (Slaney 1998, Auditory Toolbox) is linear up to 1 kHz, 200/3 Hz per mel, then logarithmic, ln(6.4)/27 per
     mel.
     """
     knee, step = 15.0, np.log(6.4) / 27.0
@@ -65,30 +53,35 @@ def mel_matrix(rate: int = RATE, n_fft: int = N_FFT, mels: int = MELS) -> np.nda
     hertz = np.where(points < knee, points * 200 / 3, 1000.0 * np.exp(step * (points - knee)))
     bins = np.linspace(0.0, rate / 2, n_fft // 2 + 1)
     low, middle, high = hertz[:-2, None], hertz[1:-1, None], hertz[2:, None]
-    triangles = np.minimum((bins - low) / (middle - low), (high - bins) / (high - middle)).clip(min=0)
-    return (triangles * 2.0 / (high - low)).astype(np.float32)
+    triangles: np.ndarray = np.minimum((bins - low) / (middle - low), (high - bins) / (high - middle)).clip(min=0)
+    filters: np.ndarray = (triangles * 2.0 / (high - low)).astype(np.float32)
+    return filters
 
 
 def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """(..., n) at `rate` -> (..., ceil(n target / rate)) float32 at `target`, by a polyphase filter."""
+    """Resample (..., n) from `rate` to `target` Hz with a polyphase filter: (..., ceil(n target / rate)) float32."""
     if rate == target:
         return np.asarray(samples, dtype=np.float32)
     from math import gcd
 
     from scipy.signal import resample_poly
 
-    common = gcd(rate, target)
-    return resample_poly(samples, target // common, rate // common, axis=-1).astype(np.float32)
+    divisor = gcd(rate, target)
+    resampled: np.ndarray = resample_poly(samples, target // divisor, rate // divisor, axis=-1).astype(np.float32)
+    return resampled
 
 
 def mono(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """A clip, (channels, n) or (n,), as one channel at `target` Hz: (m,) float32."""
+    """Mix a clip, (channels, n) or (n,), to mono and resample it to `target` Hz: (m,) float32."""
     samples = np.asarray(samples, dtype=np.float32)
     return resample(samples.mean(axis=0) if samples.ndim == 2 else samples, rate, target)
 
 
 def logmel(samples: np.ndarray) -> Tensor:
-    """Mono 16 kHz samples (n,) -> (frames, 96) float32: log10(1 + 10000 mel power), frames = 1 + n // 256."""
+    """Return log10(1 + 10000 mel power) of mono 16 kHz samples (n,): (1 + n // 256, 96) float32.
+
+    Raises InvalidInputError for other shapes and for signals of at most 256 samples.
+    """
     x = torch.as_tensor(np.ascontiguousarray(samples, dtype=np.float32))
     if x.ndim != 1 or x.numel() <= N_FFT // 2:
         raise InvalidInputError(
@@ -106,19 +99,19 @@ def _mel_tensor() -> Tensor:
     return torch.from_numpy(mel_matrix())
 
 
-def windows(frames: Tensor, hop: int = FRAMES) -> Tensor:
-    """(T, 96) -> (N, 187, 96) windows every `hop` frames; a shorter input is repeated until it fills one window."""
+def windows(frames: Tensor) -> Tensor:
+    """Cut frames (T, 96) into adjacent windows (T // 187, 187, 96); a shorter input is repeated to fill one window."""
     if len(frames) < FRAMES:
         frames = frames.repeat(-(-FRAMES // len(frames)), 1)[:FRAMES]
-    return frames.unfold(0, FRAMES, hop).transpose(1, 2)
+    return frames.unfold(0, FRAMES, FRAMES).transpose(1, 2)
 
 
 class MusicNN(nn.Module):
-    """Log-mel windows (B, T, 96) -> tag logits (B, 50) and the penultimate layer (B, 200). Evaluation only.
+    """Tagging network from log-mel windows (B, T, 96) to tag logits (B, 50) and the penultimate layer (B, 200).
 
-    Front-end: two "timbral" convolutions, 7 frames high and 38 or 67 mel bands wide, and three "temporal" ones, 128,
-    64 and 32 frames long; each is pooled by its maximum over frequency. Mid-end: three residual convolutions over
-    time. Back-end: maximum and mean over time of all layers together, then two dense layers.
+    Front-end: two "timbral" convolutions over 7 frames and 38 or 67 mel bands, and three "temporal" ones over 128, 64
+    and 32 frames, each pooled by its maximum over frequency. Mid-end: three residual convolutions over time. Back-end:
+    maximum and mean over time of all layers, then two dense layers. Inference only: dropout is left out.
     """
 
     def __init__(self) -> None:
@@ -135,24 +128,24 @@ class MusicNN(nn.Module):
         self.output = nn.Linear(200, 50)
 
     def front_end(self, x: Tensor) -> Tensor:
-        """(B, T, 96) -> (B, 561, T)."""
+        """Map log-mel windows (B, T, 96) to features over time (B, 561, T)."""
         x = self.bn_input(x[:, None])
         features = []
         for conv, bn in zip([*self.timbral, *self.temporal], self.bn_front, strict=True):
-            if (
-                conv.kernel_size[1] == 1
-            ):  # TensorFlow's "same" padding of an even kernel: one frame more after than before
-                length = conv.kernel_size[0]
+            assert isinstance(conv, nn.Conv2d)
+            assert isinstance(bn, nn.BatchNorm2d)
+            if conv.kernel_size[1] == 1:
+                length = conv.kernel_size[0]  # even: TensorFlow's "same" padding adds one frame more after than before
                 y = conv(F.pad(x, (0, 0, (length - 1) // 2, length // 2)))
             else:
                 y = conv(x)
-            # max over frequency of bn(relu(y)); bn is monotonic, so it may come after the maximum (or minimum)
+            # max over frequency of bn(relu(y)); bn is monotonic, so it commutes with the maximum (or the minimum)
             y = torch.where((bn.weight >= 0)[:, None], y.amax(3), y.amin(3)).relu()
             features.append(bn(y[..., None])[..., 0])
         return torch.cat(features, 1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (B, 50), penultimate (B, 200), pooled (B, 1506): maximum and mean over time of the 753 features."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits (B, 50) and the penultimate layer (B, 200) of log-mel windows (B, T, 96)."""
         layers = [self.front_end(x)]
         y = layers[0]
         for i, (conv, bn) in enumerate(zip(self.mid, self.bn_mid, strict=True)):
@@ -162,12 +155,13 @@ class MusicNN(nn.Module):
         features = torch.cat(layers, 1)
         pooled = torch.stack((features.amax(2), features.mean(2)), 2).flatten(1)
         penultimate = self.bn_dense(self.dense(self.bn_pool(pooled)).relu())
-        return self.output(penultimate), penultimate, pooled
+        return self.output(penultimate), penultimate
 
 
 def state_from_tensorflow(tensors: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """MusicNN's state from the checkpoint's tensors. TensorFlow numbers layers in the order in which they were
-    built.
+    """Convert the checkpoint's tensors to a state dict of `MusicNN`.
+
+    TensorFlow numbers the layers of each kind in the order of their construction.
     """
 
     def get(kind: str, i: int, name: str) -> Tensor:
@@ -189,8 +183,8 @@ def state_from_tensorflow(tensors: dict[str, np.ndarray]) -> dict[str, Tensor]:
     ]
     torch_names = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
     for i, name in enumerate(norms):
-        for theirs, ours in torch_names.items():
-            state[f"{name}.{ours}"] = get("batch_normalization", i, theirs)
+        for tensorflow_name, torch_name in torch_names.items():
+            state[f"{name}.{torch_name}"] = get("batch_normalization", i, tensorflow_name)
     for i, name in enumerate(["dense", "output"]):
         state[f"{name}.weight"] = get("dense", i, "kernel").T.contiguous()
         state[f"{name}.bias"] = get("dense", i, "bias")
@@ -198,73 +192,47 @@ def state_from_tensorflow(tensors: dict[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def package_folder() -> Path:
-    """Where the `musicnn` package lies, found without importing it (importing it needs TensorFlow)."""
+    """Return the folder of the `musicnn` package without importing it, since the import needs TensorFlow.
+
+    Raises MissingDependencyError if the package is not installed.
+    """
     spec = importlib.util.find_spec("musicnn")
     if spec is None or not spec.submodule_search_locations:
         raise MissingDependencyError(
-            "the tagger needs the weights in the musicnn package: pip install --no-deps musicnn"
+            "the tagger needs the weights in the musicnn package; run: pip install --no-deps musicnn"
         )
     return Path(spec.submodule_search_locations[0])
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What the tagger heard: per window i, the clip it is from, tag probabilities and embeddings; all float32
-    arrays.
-    """
+class WindowTags:
+    """Outputs of the tagger for the N windows of a clip: probabilities (N, 50) and embeddings (N, 200), float32."""
 
-    clip: np.ndarray  # (N,) int64
-    tags: np.ndarray  # (N, 50) probabilities
-    penultimate: np.ndarray  # (N, 200)
-
-    def clip_tags(self) -> np.ndarray:
-        """Mean probabilities per clip, (clips, 50): the package's own way to tag a whole clip."""
-        sums = np.zeros((self.clip[-1] + 1, self.tags.shape[1]), dtype=np.float64)
-        np.add.at(sums, self.clip, self.tags)
-        return (sums / np.bincount(self.clip)[:, None]).astype(np.float32)
+    tags: np.ndarray
+    penultimate: np.ndarray
 
 
 class Tagger:
-    """A loaded musicnn. `name` is "MTT_musicnn" (instruments) or "MSD_musicnn" (genres).
+    """The musicnn network with its weights loaded.
 
-    Raises InvalidInputError for another name, MissingDependencyError or WeightsError when the weights are not there.
+    Raises MissingDependencyError without the musicnn package, WeightsError if its checkpoint is damaged.
     """
 
-    def __init__(self, name: str = "MTT_musicnn") -> None:
-        if name not in TAGS:
-            raise InvalidInputError(f"no such tagger: {name!r}; use one of {', '.join(TAGS)}")
-        self.tags = TAGS[name]
+    def __init__(self) -> None:
         self.net = MusicNN().eval().requires_grad_(False)
-        missing, unexpected = self.net.load_state_dict(
-            state_from_tensorflow(read_checkpoint(package_folder() / name)), strict=False
-        )
+        tensors = read_checkpoint(package_folder() / MODEL)
+        missing, unexpected = self.net.load_state_dict(state_from_tensorflow(tensors), strict=False)
         if unexpected or any(not key.endswith("num_batches_tracked") for key in missing):
-            raise InvalidInputError(f"the {name} checkpoint does not match the network: {missing} {unexpected}")
+            raise WeightsError(f"the {MODEL} checkpoint does not match the network: {missing} {unexpected}")
 
     @torch.inference_mode()
-    def hear(self, clips: Sequence[np.ndarray], rate: int = 44100, hop: int = FRAMES, batch: int = 8) -> Heard:
-        """Tags every clip, each (channels, n) or (n,) at `rate`, in windows every `hop` frames (16 ms each).
+    def tag(self, clip: np.ndarray, rate: int = 44100, batch: int = 8) -> WindowTags:
+        """Tag the adjacent windows of 3 s of a clip, (channels, n) or (n,) at `rate` Hz, `batch` windows at a time.
 
-        Uses torch's current number of threads. Raises InvalidInputError for an empty list.
+        Runs on torch's current number of threads. Raises InvalidInputError for clips of at most 16 ms.
         """
-        if not len(clips):
-            raise InvalidInputError("the tagger was given no clips")
-        owners: list[int] = []
-        tags, penultimates = [], []
-        queue: list[Tensor] = []
-
-        def flush() -> None:
-            logits, penultimate, _ = self.net(torch.stack(queue))
-            tags.append(logits.sigmoid().numpy())
-            penultimates.append(penultimate.numpy())
-            queue.clear()
-
-        for i, clip in enumerate(clips):
-            for window in windows(logmel(mono(clip, rate, RATE)), hop):
-                queue.append(window)
-                owners.append(i)
-                if len(queue) == batch:
-                    flush()
-        if queue:
-            flush()
-        return Heard(np.asarray(owners), np.concatenate(tags), np.concatenate(penultimates))
+        frames = logmel(mono(clip, rate, RATE))
+        outputs = [self.net(part.contiguous()) for part in torch.split(windows(frames), batch)]
+        tags = torch.cat([logits.sigmoid() for logits, _ in outputs])
+        penultimate = torch.cat([layer for _, layer in outputs])
+        return WindowTags(tags.numpy(), penultimate.numpy())

@@ -1,6 +1,4 @@
-"""From sets of clips to one table: every judge on every set, controls beside, with 95 % intervals, as JSON and
-markdown.
-"""
+"""Evaluate sets of clips with all metrics and their controls, and write the results as JSON and markdown tables."""
 
 from __future__ import annotations
 
@@ -17,121 +15,148 @@ import numpy as np
 
 from ...errors import InvalidInputError
 from . import adherence
+from .adherence import ClipRecord
 from .distances import fad, gaussian_kernel, kid, level_distances, prdc
-from .listen import Listening, listen, take
-from .musicnn import MTT_TAGS
+from .features import ClipFeatures, extract_features
+from .musicnn import TAGS
 from .statistics import Estimate, mean
 from .tonality import key_scores
 
-Meta = dict[str, Any]
 SHUFFLED = ", captions shuffled"
 
 
 def evaluate(
     sets: Mapping[str, Sequence[np.ndarray]],
-    meta: Sequence[Meta],
+    records: Sequence[ClipRecord],
     reference: Sequence[np.ndarray],
     *,
-    reference_meta: Sequence[Meta] | None = None,
+    reference_records: Sequence[ClipRecord] | None = None,
     rate: int = 44100,
     workers: int | None = None,
-    keep: Path | None = None,
+    cache: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Judge every set of clips against the reference and against its captions.
+    """Evaluate sets of clips against a reference and against their captions, also with the captions shuffled.
 
-    sets: name -> clips (2, n) float32, clip i of every set made for record i of `meta` (`prompt`, `instruments`,
-    `bpm`, `key`, `mode`); a set may be shorter than `meta`. Sequences may load clips lazily. Every set is also judged
-    with its captions shuffled. reference: real clips of other compositions; with their `reference_meta` the
-    caption-aware kernel distance is reported too. Returns {"environment", "reference", "sets": {name: measures}},
-    ready for JSON. `keep` and `workers`: see `listen`. Raises InvalidInputError when a set is empty or longer than `meta`.
+    Args:
+        sets: clips (2, n) float32 by name of the set. Clip i of each set belongs to record i; a set may have fewer
+            clips than there are records. Sequences may load clips lazily.
+        records: `prompt`, `instruments`, `bpm`, `key`, `mode` and `kind` of each clip.
+        reference: real clips of other compositions.
+        reference_records: records of the reference, which enable the probe and the distance between (sound, caption)
+            pairs.
+        rate: sample rate in Hz.
+        workers: threads of `extract_features`; None uses all cores.
+        cache: folder of cached features; see `extract_features`.
+        progress: called with 1 after each clip.
+
+    Returns:
+        {"environment", "reference", "sets": {name: metrics}}, ready for JSON.
+
+    Raises:
+        InvalidInputError: a set is empty or has more clips than there are records.
+        MissingDependencyError: the package of a metric is not installed.
     """
     for name, clips in sets.items():
-        if not 0 < len(clips) <= len(meta):
+        if not 0 < len(clips) <= len(records):
             raise InvalidInputError(
-                f"set {name!r} has {len(clips)} clips for {len(meta)} captions; give each clip its caption"
+                f"set {name!r} has {len(clips)} clips for {len(records)} captions; pass one caption for each clip"
             )
-    options: dict[str, Any] = {"rate": rate, "workers": workers, "keep": keep, "progress": progress}
-    real = listen(reference, notes=False, **options)
-    probe = None if reference_meta is None else adherence.Probe(real.embedding, reference_meta)
+    options: dict[str, Any] = {"rate": rate, "workers": workers, "cache": cache, "progress": progress}
+    real = extract_features(reference, notes=False, **options)
+    probe = None if reference_records is None else adherence.Probe(real.embedding, reference_records)
     results: dict[str, Any] = {}
     for name, clips in sets.items():
-        heard = listen(clips, **options)
-        own = list(meta[: len(clips)])
-        moved = adherence.shuffled(own) if len(own) > 1 else own
+        features = extract_features(clips, **options)
+        paired = list(records[: len(clips)])
+        mismatched = adherence.shuffled(paired) if len(paired) > 1 else paired
         results[name] = {
             "clips": len(clips),
-            **distances(real, heard),
-            **joint_distance(real, heard, reference_meta, own),
-            **agreement(heard, own, probe),
-            "by_kind": by_kind(heard, own, probe),
-            "shuffled": {**joint_distance(real, heard, reference_meta, moved), **agreement(heard, moved, probe)},
+            **distances(real, features),
+            **joint_distance(real, features, reference_records, paired),
+            **agreement(features, paired, probe),
+            "by_kind": by_kind(features, paired, probe),
+            "shuffled": {
+                **joint_distance(real, features, reference_records, mismatched),
+                **agreement(features, mismatched, probe),
+            },
         }
     return {
         "environment": environment(),
         "reference": {"clips": len(reference), "windows": len(real.clip)},
-        "sets": _plain(results),
+        "sets": _to_json(results),
     }
 
 
-def distances(real: Listening, heard: Listening) -> dict[str, Any]:
-    """Every distance of a set from the reference, and the set's own spread."""
-    few = min(len(real.clip), len(heard.clip))
-    windows = (real.penultimate, heard.penultimate, real.clip, heard.clip)
+def distances(real: ClipFeatures, features: ClipFeatures) -> dict[str, Any]:
+    """Distances of a set from the reference, and its note density and diversity; None where a set is too small."""
+    window_count = min(len(real.clip), len(features.clip))
+    windows = (real.penultimate, features.penultimate, real.clip, features.clip)
     return {
         "kid": kid(*windows),
         "mmd": kid(*windows, kernel=gaussian_kernel(real.penultimate)),
-        "fad16": fad(real.penultimate, heard.penultimate, heard.clip, dims=16) if few > 32 else None,
-        "fad64": fad(real.penultimate, heard.penultimate, heard.clip, dims=64) if few > 256 else None,
-        "prdc": prdc(real.embedding, heard.embedding) if min(len(real.embedding), len(heard.embedding)) > 6 else None,
-        "levels": level_distances(list(real.levels), list(heard.levels)),
-        "density": mean(heard.density),
-        "diversity": adherence.diversity(heard.embedding),
+        "fad16": fad(real.penultimate, features.penultimate, features.clip, dims=16) if window_count > 32 else None,
+        "fad64": fad(real.penultimate, features.penultimate, features.clip, dims=64) if window_count > 256 else None,
+        "prdc": prdc(real.embedding, features.embedding)
+        if min(len(real.embedding), len(features.embedding)) > 6
+        else None,
+        "levels": level_distances(real.levels, features.levels),
+        "density": mean(features.density),
+        "diversity": adherence.diversity(features.embedding),
     }
 
 
 def joint_distance(
-    real: Listening, heard: Listening, reference_meta: Sequence[Meta] | None, meta: Sequence[Meta]
+    real: ClipFeatures,
+    features: ClipFeatures,
+    reference_records: Sequence[ClipRecord] | None,
+    records: Sequence[ClipRecord],
 ) -> dict[str, Estimate]:
-    """The kernel distance between (sound, caption) pairs, when the reference has captions."""
-    if reference_meta is None:
+    """Kernel distance between (sound, caption) pairs of a set and the reference; empty without reference records."""
+    if reference_records is None:
         return {}
-    names = sorted({name for m in reference_meta for name in m.get("instruments") or ()})
-    pairs = (caption_vectors(reference_meta, names), caption_vectors(meta, names))
+    names = sorted({name for record in reference_records for name in record.get("instruments") or ()})
+    pairs = (caption_vectors(reference_records, names), caption_vectors(records, names))
     kernel = gaussian_kernel(real.penultimate)
     return {
-        "mmd_captions": kid(real.penultimate, heard.penultimate, real.clip, heard.clip, captions=pairs, kernel=kernel)
+        "mmd_captions": kid(
+            real.penultimate, features.penultimate, real.clip, features.clip, captions=pairs, kernel=kernel
+        )
     }
 
 
-def agreement(heard: Listening, meta: Sequence[Meta], probe: adherence.Probe | None) -> dict[str, Any]:
-    """Instruments, tempo and key against what the prompts ask for."""
-    scores = np.stack([key_scores(c) for c in heard.chroma])
+def agreement(features: ClipFeatures, records: Sequence[ClipRecord], probe: adherence.Probe | None) -> dict[str, Any]:
+    """Adherence of clips to the instruments, tempo and key in their prompts."""
+    scores = np.stack([key_scores(c) for c in features.chroma])
     return {
-        "instruments": adherence.instrument_auc(heard.tags, MTT_TAGS, meta),
-        "probe": probe.auc(heard.embedding, meta) if probe else None,
-        "tempo": adherence.tempo_accuracy(heard.tempo, meta),
-        "key": adherence.key_accuracy(scores, meta),
+        "instruments": adherence.instrument_auc(features.tags, TAGS, records),
+        "probe": probe.auc(features.embedding, records) if probe else None,
+        "tempo": adherence.tempo_accuracy(features.tempo, records),
+        "key": adherence.key_accuracy(scores, records),
     }
 
 
-def by_kind(heard: Listening, meta: Sequence[Meta], probe: adherence.Probe | None) -> dict[str, Any]:
-    """`agreement` for each kind of piece (solo, duo, band) on its own."""
-    kinds = np.array([str(m.get("kind")) for m in meta])
+def by_kind(features: ClipFeatures, records: Sequence[ClipRecord], probe: adherence.Probe | None) -> dict[str, Any]:
+    """Return `agreement` for each kind of piece: solo, duo and band."""
+    kinds = np.array([str(record.get("kind")) for record in records])
     parts = {kind: np.flatnonzero(kinds == kind) for kind in sorted(set(kinds))}
-    return {kind: agreement(take(heard, i), [meta[int(j)] for j in i], probe) for kind, i in parts.items()}
+    return {kind: agreement(features.select(i), [records[int(j)] for j in i], probe) for kind, i in parts.items()}
 
 
-def caption_vectors(meta: Sequence[Meta], names: Sequence[str]) -> np.ndarray:
-    """Which of the instruments `names` each record has, as a vector of length 1 per clip: (clips, len(names));
-    zeros for none.
+def caption_vectors(records: Sequence[ClipRecord], names: Sequence[str]) -> np.ndarray:
+    """Indicator vectors of the instruments `names` in each record, normalized to length 1: (clips, len(names)).
+
+    Records without any of the instruments have zero vectors.
     """
-    rows = np.array([[name in (m.get("instruments") or ()) for name in names] for m in meta], dtype=np.float64)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-9)
+    rows = np.array(
+        [[name in (record.get("instruments") or ()) for name in names] for record in records], dtype=np.float64
+    )
+    vectors: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-9)
+    return vectors
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions and command, without paths of this machine."""
+    """Describe machine, versions and command, with folders of absolute paths removed."""
     import torch
 
     cpu = platform.processor() or platform.machine()
@@ -154,12 +179,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """Estimates and arrays as what JSON knows; NaN as null."""
+def _to_json(value: Any) -> Any:
+    """Convert estimates to dicts and NaN to None, recursively."""
     if isinstance(value, Estimate):
         return value.as_dict()
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: _to_json(v) for k, v in value.items()}
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value
@@ -182,7 +207,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Two tables: agreement with the captions, and distances from the reference."""
+    """Format two markdown tables: adherence to the captions, and distances from the reference."""
     agreement_rows = [
         "| set | instruments, AUC of tags | instruments, AUC of probe | tempo, % | key, % | key, MIREX |",
         "|" + "---|" * 6,
@@ -233,10 +258,10 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([*agreement_rows, "", *distance_rows, "", note, ""])
 
 
-def write(result: dict[str, Any], folder: Path, name: str = "evaluation") -> tuple[Path, Path]:
-    """Write NAME.json and NAME.md into `folder`; returns both paths."""
+def write(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
+    """Write `evaluation.json` and `evaluation.md` into `folder`, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    numbers, text = folder / f"{name}.json", folder / f"{name}.md"
-    numbers.write_text(json.dumps(result, indent=1) + "\n")
-    text.write_text(markdown(result))
-    return numbers, text
+    json_file, markdown_file = folder / "evaluation.json", folder / "evaluation.md"
+    json_file.write_text(json.dumps(result, indent=1) + "\n")
+    markdown_file.write_text(markdown(result))
+    return json_file, markdown_file

@@ -1,6 +1,4 @@
-"""95 % intervals that the judges share. Clips are the units that are drawn: windows of one clip are not
-independent.
-"""
+"""Estimates with 95 % intervals. Resampling is over clips, since windows of one clip are not independent."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval, from `n` units."""
+    """A value with its 95 % interval over `n` units; NaN without units."""
 
     value: float
     low: float
@@ -20,15 +18,15 @@ class Estimate:
     n: int
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """For JSON: NaN, "cannot be told", becomes null."""
+        """Return the fields for JSON, with None for NaN."""
         numbers = {"value": self.value, "low": self.low, "high": self.high}
         return {**{k: float(v) if np.isfinite(v) else None for k, v in numbers.items()}, "n": self.n}
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], n: int, rounds: int = 1000, seed: int = 0) -> Estimate:
-    """`statistic(indices)` of units 0..n-1, with the percentile bootstrap's interval (Efron 1979).
+    """Estimate `statistic(indices)` of units 0..n-1 with a percentile bootstrap interval (Efron 1979).
 
-    For means and ranks, where drawing a unit twice does no harm.
+    Suitable for means and ranks, which allow repeated units.
     """
     rng = np.random.default_rng(seed)
     value = statistic(np.arange(n))
@@ -38,11 +36,11 @@ def bootstrap(statistic: Callable[[np.ndarray], float], n: int, rounds: int = 10
 
 
 def half_samples(statistic: Callable[[np.ndarray], float], n: int, rounds: int = 200, seed: int = 0) -> Estimate:
-    """`statistic(indices)` with an interval from random halves drawn without replacement (Shao and Wu 1989).
+    """Estimate `statistic(indices)` with an interval from random halves drawn without replacement (Shao and Wu 1989).
 
-    The spread of halves around their mean equals the sampling spread of the whole. For distances, where a unit drawn
-    twice would count as a neighbour of itself; the interval is centred on the whole's value, since a distance's bias
-    depends on n.
+    The spread of halves around their mean equals the sampling spread of the full set. Suitable for distances, where a
+    repeated unit would be its own neighbor. The interval is centered on the value of the full set, since the bias of a
+    distance depends on n.
     """
     rng = np.random.default_rng(seed)
     value = statistic(np.arange(n))
@@ -52,7 +50,7 @@ def half_samples(statistic: Callable[[np.ndarray], float], n: int, rounds: int =
 
 
 def mean(values: np.ndarray, rounds: int = 1000, seed: int = 0) -> Estimate:
-    """Mean of `values` (n,), NaN left out, with its bootstrap interval; NaN when nothing is left."""
+    """Estimate the mean of `values` (n,) without NaN, with its bootstrap interval."""
     values = np.asarray(values, dtype=np.float64)
     values = values[np.isfinite(values)]
     if not len(values):

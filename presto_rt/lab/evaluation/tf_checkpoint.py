@@ -1,8 +1,8 @@
-"""Reads a TensorFlow "tensor bundle" checkpoint without TensorFlow.
+"""Read a TensorFlow "tensor bundle" checkpoint without TensorFlow.
 
-A checkpoint `P` is two files. `P.index` is a string table in the LevelDB format (sorted keys, prefix compressed, in
-blocks); each value is a small protocol buffer that says where a tensor lies. `P.data-00000-of-00001` holds the
-tensors, raw. Only what such checkpoints need is read: one shard, no block compression, float32.
+A checkpoint `P` consists of two files. `P.index` is a string table in the LevelDB format (sorted keys, prefix
+compressed, in blocks), whose values are protocol buffers with the dtype, shape, offset and size of each tensor.
+`P.data-00000-of-00001` holds the raw tensors. Supported are one shard, uncompressed blocks and float32.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _DT_FLOAT = 1  # tensorflow.DataType.DT_FLOAT
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies in the data file."""
+class TensorLocation:
+    """Location of a tensor in the data file: TensorFlow dtype, shape, and offset and size in bytes."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -30,65 +30,63 @@ class Entry:
     size: int
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Little-endian base-128 integer at `at`: (value, position after it)."""
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """Read the little-endian base-128 integer at `position`: (value, position after it)."""
     value = shift = 0
     while True:
-        byte = data[at]
-        at += 1
+        byte = data[position]
+        position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, at
+            return value, position
         shift += 7
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protocol buffer message: int for varints and fixed32/64, bytes for nested
-    messages.
-    """
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
+    """Yield (field number, value) of a protocol buffer message: int for varints and fixed32/64, bytes for messages."""
+    position = 0
+    while position < len(message):
+        tag, position = _varint(message, position)
         kind = tag & 7
         if kind == 0:
-            value, at = _varint(message, at)
+            value, position = _varint(message, position)
             yield tag >> 3, value
         elif kind == 2:
-            length, at = _varint(message, at)
-            yield tag >> 3, message[at : at + length]
-            at += length
+            length, position = _varint(message, position)
+            yield tag >> 3, message[position : position + length]
+            position += length
         elif kind in (1, 5):
             width = 8 if kind == 1 else 4
-            yield tag >> 3, int.from_bytes(message[at : at + width], "little")
-            at += width
+            yield tag >> 3, int.from_bytes(message[position : position + width], "little")
+            position += width
         else:
-            raise WeightsError(f"checkpoint index: protocol buffer wire type {kind} is not known")
+            raise WeightsError(f"checkpoint index: protocol buffer wire type {kind} is not supported")
 
 
 def _block(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """(key, value) pairs of one table block; a key repeats the first `shared` bytes of the one before it."""
+    """Yield (key, value) pairs of a table block; a key repeats the first `shared` bytes of the previous key."""
     if table[offset + size] != 0:
         raise WeightsError("checkpoint index: compressed blocks are not supported")
     data = table[offset : offset + size]
     restarts = int.from_bytes(data[-4:], "little")
-    end, at, key = len(data) - 4 * (restarts + 1), 0, b""
-    while at < end:
-        shared, at = _varint(data, at)
-        fresh, at = _varint(data, at)
-        length, at = _varint(data, at)
-        key = key[:shared] + data[at : at + fresh]
-        at += fresh
-        yield key, data[at : at + length]
-        at += length
+    end, position, key = len(data) - 4 * (restarts + 1), 0, b""
+    while position < end:
+        shared, position = _varint(data, position)
+        unshared, position = _varint(data, position)
+        length, position = _varint(data, position)
+        key = key[:shared] + data[position : position + unshared]
+        position += unshared
+        yield key, data[position : position + length]
+        position += length
 
 
-def _handle(data: bytes, at: int = 0) -> tuple[int, int, int]:
-    offset, at = _varint(data, at)
-    size, at = _varint(data, at)
-    return offset, size, at
+def _handle(data: bytes, position: int = 0) -> tuple[int, int, int]:
+    offset, position = _varint(data, position)
+    size, position = _varint(data, position)
+    return offset, size, position
 
 
-def _entry(message: bytes) -> Entry:
+def _entry(message: bytes) -> TensorLocation:
     dtype = offset = size = shard = 0
     shape: list[int] = []
     for number, value in _fields(message):
@@ -105,18 +103,18 @@ def _entry(message: bytes) -> Entry:
             size = int(value)
     if shard:
         raise WeightsError("checkpoint index: more than one data shard is not supported")
-    return Entry(dtype, tuple(shape), offset, size)
+    return TensorLocation(dtype, tuple(shape), offset, size)
 
 
-def read_index(path: Path) -> dict[str, Entry]:
-    """Names and places of every tensor in `path` (a `.index` file). Raises WeightsError if it is not one."""
+def read_index(path: Path) -> dict[str, TensorLocation]:
+    """Read the location of each tensor from an `.index` file, by name. Raises WeightsError for other files."""
     table = Path(path).read_bytes()
     if len(table) < _FOOTER or int.from_bytes(table[-8:], "little") != _MAGIC:
         raise WeightsError(f"{path} is not a TensorFlow checkpoint index; reinstall the package that holds it")
     footer = table[-_FOOTER:]
-    _, _, at = _handle(footer)  # the meta-index block: empty in checkpoints
-    offset, size, _ = _handle(footer, at)
-    entries: dict[str, Entry] = {}
+    _, _, position = _handle(footer)  # the meta-index block: empty in checkpoints
+    offset, size, _ = _handle(footer, position)
+    entries: dict[str, TensorLocation] = {}
     for _, value in _block(table, offset, size):
         start, length, _ = _handle(value)
         for key, message in _block(table, start, length):
@@ -125,23 +123,22 @@ def read_index(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def read_checkpoint(folder: Path, prefix: str = "", skip: tuple[str, ...] = ("/Adam",)) -> dict[str, np.ndarray]:
-    """Float32 tensors of the checkpoint `folder/prefix`, by TensorFlow name; names that contain one of `skip` are
-    left out.
+def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
+    """Read the float32 tensors of the checkpoint in `folder`, by TensorFlow name, without the optimizer's.
 
-    Raises WeightsError when a file is missing, truncated, or not such a checkpoint.
+    Raises WeightsError if a file is missing, truncated, or not a supported checkpoint.
     """
-    index, data = Path(folder) / f"{prefix}.index", Path(folder) / f"{prefix}.data-00000-of-00001"
+    index, data = Path(folder) / ".index", Path(folder) / ".data-00000-of-00001"
     for file in (index, data):
         if not file.is_file():
             raise WeightsError(f"{file} is missing; reinstall the package that holds it")
     raw = np.memmap(data, dtype=np.uint8, mode="r")
     tensors = {}
-    for name, entry in read_index(index).items():
-        if entry.dtype != _DT_FLOAT or any(part in name for part in skip):
+    for name, location in read_index(index).items():
+        if location.dtype != _DT_FLOAT or "/Adam" in name:
             continue
-        if entry.size != 4 * int(np.prod(entry.shape)) or entry.offset + entry.size > raw.size:
+        if location.size != 4 * int(np.prod(location.shape)) or location.offset + location.size > raw.size:
             raise WeightsError(f"{data}: tensor {name} does not fit the file; reinstall the package that holds it")
-        values = np.frombuffer(raw[entry.offset : entry.offset + entry.size].tobytes(), dtype="<f4")
-        tensors[name] = values.reshape(entry.shape).copy()
+        values = np.frombuffer(raw[location.offset : location.offset + location.size].tobytes(), dtype="<f4")
+        tensors[name] = values.reshape(location.shape).copy()
     return tensors

@@ -1,8 +1,8 @@
-"""Key of a clip from how long each pitch class sounds, and how far it is from the key that was asked for.
+"""Key estimation from chroma, and the agreement of an estimate with the requested key.
 
-A key's score is linear in the clip's pitch classes counted from the key's tonic, so the same weights serve all twelve
-tonics. The default weights, FITTED, are a logistic regression on this project's rendered training pieces (`fit`);
-profiles from the literature are there beside them.
+The score of a key is linear in the square roots of the chroma counted from the key's tonic, so one set of weights
+serves all twelve tonics. FITTED is a logistic regression on the rendered training pieces (`fit`); PROFILES are
+published key profiles, to which `fit_key` compares it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ...conditioning.keys import MODES
 
 NAMES = ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
 
-# How well each pitch class fits a key, from its tonic up. Krumhansl and Kessler 1982 (listeners' ratings); Temperley
-# 2007, "Kostka-Payne" corpus (frequencies in textbook examples).
+# Weight of each pitch class in major and minor, from the tonic up. Krumhansl and Kessler 1982 (listeners' ratings);
+# Temperley 2007, "Kostka-Payne" corpus (frequencies in textbook examples).
 PROFILES = {
     "krumhansl": (
         (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
@@ -28,9 +28,9 @@ PROFILES = {
     ),
 }
 
-# `fit` on 515 ten-second clips of the rendered training split (python -m presto_rt.lab.evaluation.fit_key), ridge 1e-3;
-# in five-fold cross-validation it finds 76 % of the keys, where Krumhansl's profile on the same notes finds 66 %. Per
-# mode: 12 weights of chroma from the tonic up, 12 of bass chroma, a constant.
+# Result of `fit` on 515 ten-second clips of the rendered training split (python -m presto_rt.lab.evaluation.fit_key),
+# ridge 1e-3. In five-fold cross-validation it finds 76 % of the keys, Krumhansl's profile 66 %. Per mode: 12 weights of
+# chroma from the tonic up, 12 of bass chroma, a constant.
 FITTED = (
     (2.93, -1.25, 0.61, -1.14, 2.32, 1.72, -3.49, 2.03, -1.89, -0.42, -3.80, 1.46,
      4.05, -1.10, 0.43, -1.30, 0.70, 1.51, -2.85, 1.86, -1.40, 0.90, -2.53, 0.31, -0.24),
@@ -40,9 +40,7 @@ FITTED = (
 
 
 def profile_scores(chroma: np.ndarray, profile: str = "temperley") -> np.ndarray:
-    """Pearson correlation of a chroma vector (12,) with each key's profile: (2, 12), mode then tonic. Zeros for
-    silence.
-    """
+    """Pearson correlation of chroma (12,) with the profile of each key: (2, 12), mode then tonic; zeros for silence."""
     chroma = np.asarray(chroma, dtype=np.float64)
     scores = np.zeros((2, 12))
     if chroma.std() < 1e-9:
@@ -54,24 +52,25 @@ def profile_scores(chroma: np.ndarray, profile: str = "temperley") -> np.ndarray
 
 
 def _from_each_tonic(chroma: np.ndarray) -> np.ndarray:
-    """(2, 12) chroma and bass chroma -> (12, 24): per tonic, the square roots counted from that tonic up."""
+    """Map chroma and bass chroma (2, 12) to (12, 24): for each tonic, their square roots from that tonic up."""
     roots = np.sqrt(np.asarray(chroma, dtype=np.float64))
     return np.stack([np.roll(roots, -tonic, axis=1).reshape(-1) for tonic in range(12)])
 
 
 def key_scores(chroma: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Scores of the 24 keys, (2, 12) mode then tonic, from chroma and bass chroma (2, 12), each summing to 1 or 0.
+    """Score the 24 keys from chroma and bass chroma (2, 12), each summing to 1 or 0: (2, 12), mode then tonic.
 
-    weights: (2, 25) as `fit` returns, FITTED by default. Zeros for silence.
+    `weights` are (2, 25) as `fit` returns them, FITTED by default. Silence scores zero.
     """
     weights = np.asarray(FITTED if weights is None else weights)
     if not np.asarray(chroma).any():
         return np.zeros((2, 12))
-    return weights[:, :24] @ _from_each_tonic(chroma).T + weights[:, 24:]
+    scores: np.ndarray = weights[:, :24] @ _from_each_tonic(chroma).T + weights[:, 24:]
+    return scores
 
 
 def best_key(scores: np.ndarray) -> tuple[int, str] | None:
-    """(tonic, mode) with the highest score; None when nothing stands out (silence)."""
+    """Return (tonic, mode) of the highest score, or None if all scores are equal (silence)."""
     if not np.ptp(scores) > 0:
         return None
     mode, tonic = np.unravel_index(int(np.argmax(scores)), scores.shape)
@@ -79,10 +78,15 @@ def best_key(scores: np.ndarray) -> tuple[int, str] | None:
 
 
 def fit(chromas: Sequence[np.ndarray], keys: Sequence[tuple[int, str]], ridge: float = 1e-3) -> np.ndarray:
-    """Weights (2, 25), per mode 12 of chroma, 12 of bass chroma and a constant, that make known keys likeliest.
+    """Fit key weights by multinomial logistic regression over the 24 keys with a quadratic penalty `ridge`.
 
-    Multinomial logistic regression over the 24 keys with a quadratic penalty: each clip teaches all twelve tonics at
-    once.
+    Args:
+        chromas: chroma and bass chroma (2, 12) of each clip.
+        keys: (tonic, mode) of each clip.
+        ridge: weight of the penalty.
+
+    Returns:
+        (2, 25): per mode, 12 weights of chroma, 12 of bass chroma, and a constant. All tonics share them.
     """
     from scipy.optimize import minimize
 
@@ -106,15 +110,16 @@ def fit(chromas: Sequence[np.ndarray], keys: Sequence[tuple[int, str]], ridge: f
             gradient[mode, 24] += part.sum()
         return float(value), gradient.reshape(-1)
 
-    return minimize(loss, np.zeros(50), jac=True, method="L-BFGS-B", options={"maxiter": 500}).x.reshape(2, 25)
+    solution: np.ndarray = minimize(loss, np.zeros(50), jac=True, method="L-BFGS-B", options={"maxiter": 500}).x
+    return solution.reshape(2, 25)
 
 
-def mirex_score(estimate: tuple[int, str], asked: tuple[int, str]) -> float:
-    """MIREX's graded key score: 1 the same; .5 a fifth above, same mode; .3 relative; .2 parallel; else 0."""
-    (tonic, mode), (want, want_mode) = estimate, asked
-    if mode == want_mode:
-        return 1.0 if tonic == want else 0.5 if (tonic - want) % 12 == 7 else 0.0
-    if tonic == want:
+def mirex_score(estimate: tuple[int, str], target: tuple[int, str]) -> float:
+    """MIREX key score: 1 for the same key, 0.5 a fifth above, 0.3 the relative, 0.2 the parallel key, else 0."""
+    (tonic, mode), (target_tonic, target_mode) = estimate, target
+    if mode == target_mode:
+        return 1.0 if tonic == target_tonic else 0.5 if (tonic - target_tonic) % 12 == 7 else 0.0
+    if tonic == target_tonic:
         return 0.2
-    relative = (want + 9) % 12 if want_mode == "major" else (want + 3) % 12
+    relative = (target_tonic + 9) % 12 if target_mode == "major" else (target_tonic + 3) % 12
     return 0.3 if tonic == relative else 0.0
