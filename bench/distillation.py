@@ -101,7 +101,7 @@ LINES = {"teacher": [e.name for e in ENTRIES.values() if e.training == "base" an
 def measure(name: str, a: argparse.Namespace) -> None:
     """Train what the row needs (going on where it was), pack it, judge it."""
     from presto_rt.lab.distill.recipe import run_folder, train
-    from presto_rt.lab.evaluation.compare import Row
+    from presto_rt.lab.evaluation.compare import ComparisonRow
     from presto_rt.lab.training import settings
     from presto_rt.lab.training.pack import pack
 
@@ -109,7 +109,7 @@ def measure(name: str, a: argparse.Namespace) -> None:
         raise SystemExit(f"no row {name!r}; there are: " + "; ".join(ENTRIES))
     entry = ENTRIES[name]
     if entry.training == SHIPPED:
-        return judge(Row(name, SHIPPED, entry.options), a)
+        return judge(ComparisonRow(name, SHIPPED, entry.options), a)
     chain = ["base"] if a.teacher is None else []
     chain += ["presto-l"] if entry.training.startswith("presto-ls") else []
     chain += ["presto-s"] if entry.training == "presto-sl" and not a.teacher else []
@@ -126,7 +126,7 @@ def measure(name: str, a: argparse.Namespace) -> None:
     few_step = entry.options.get("sampler") == FEW["sampler"]  # a few-step model brings its defaults along
     pack(packed, codec_run=a.codec, base_run=run, defaults={} if few_step else SAMPLING)
     label = name if not a.seed else f"{name} (training seed {a.seed})"
-    judge(Row(label, str(packed), entry.options), a)
+    judge(ComparisonRow(label, str(packed), entry.options), a)
 
 
 def judge(row: Any, a: argparse.Namespace) -> None:
@@ -250,7 +250,7 @@ def report(results: Path, output: Path) -> None:
 
 
 def with_seeds(entries: Sequence[Entry], table: dict[str, Any]) -> list[str]:
-    """Row names, each followed by its other training seeds where they were measured."""
+    """ComparisonRow names, each followed by its other training seeds where they were measured."""
     names: list[str] = []
     for entry in entries:
         others = sorted(n for n in table["rows"] if n.startswith(f"{entry.name} (training seed "))

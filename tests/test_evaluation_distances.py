@@ -1,4 +1,4 @@
-"""Distances between sets: exact values where they are known, no bias, and intervals that cover."""
+"""Tests of distances between sets: exact values, bias, and coverage of the intervals."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from presto_rt.lab.evaluation import distances
 from presto_rt.lab.evaluation.statistics import bootstrap, half_samples, mean
 
 
-def test_frechet_equals_the_textbook_formula():
+def test_frechet_equals_the_textbook_formula() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 300, 7)) @ rng.standard_normal((7, 7))
     ca, cb = np.cov(a, rowvar=False), np.cov(b + 1, rowvar=False)
-    want = ((a.mean(0) - b.mean(0) - 1) ** 2).sum() + np.trace(ca + cb - 2 * np.real(sqrtm(ca @ cb)))
-    assert distances.frechet(a.mean(0), ca, b.mean(0) + 1, cb) == pytest.approx(want, rel=1e-8)
+    expected = ((a.mean(0) - b.mean(0) - 1) ** 2).sum() + np.trace(ca + cb - 2 * np.real(sqrtm(ca @ cb)))
+    assert distances.frechet(a.mean(0), ca, b.mean(0) + 1, cb) == pytest.approx(expected, rel=1e-8)
 
 
-def test_fad_of_a_set_with_itself_is_nothing_and_of_a_shift_is_its_square():
+def test_fad_is_zero_for_equal_sets_and_the_squared_norm_of_a_shift() -> None:
     rng = np.random.default_rng(1)
     x = rng.standard_normal((500, 20)) * np.linspace(3, 0.1, 20)
-    assert distances.fad(x, x, dims=None).value == pytest.approx(0, abs=1e-6)
+    assert distances.fad(x, x, dims=20).value == pytest.approx(0, abs=1e-6)
     shift = np.zeros(20)
     shift[[0, 3]] = 2.0, -1.0
-    assert distances.fad(x, x + shift, dims=None).value == pytest.approx(5.0, rel=1e-6)
+    assert distances.fad(x, x + shift, dims=20).value == pytest.approx(5.0, rel=1e-6)
     leading = distances.Principal(x, 4).directions
-    want = ((shift @ leading) ** 2).sum()
-    assert distances.fad(x, x + shift, dims=4).value == pytest.approx(want, rel=1e-6)
+    expected = ((shift @ leading) ** 2).sum()
+    assert distances.fad(x, x + shift, dims=4).value == pytest.approx(expected, rel=1e-6)
 
 
-def test_fad_of_scaled_gaussians_matches_the_analytic_value():
+def test_fad_matches_the_analytic_value_of_scaled_gaussians() -> None:
     rng = np.random.default_rng(2)
     x, y = rng.standard_normal((2, 200_000, 3))
-    assert distances.fad(x, 2 * y, dims=None, rounds=4).value == pytest.approx(3.0, rel=0.03)  # sum (2 - 1)^2
+    assert distances.fad(x, 2 * y, dims=3, rounds=4).value == pytest.approx(3.0, rel=0.03)  # sum (2 - 1)^2
 
 
-def test_fad_needs_more_windows_than_dimensions():
+def test_fad_needs_more_windows_than_dimensions() -> None:
     x = np.zeros((10, 12))
     with pytest.raises(InvalidInputError, match="more than 12"):
-        distances.fad(x, x, dims=None)
+        distances.fad(x, x, dims=12)
 
 
-def test_kid_is_the_plain_unbiased_estimate():
+def test_kid_equals_the_direct_unbiased_estimate() -> None:
     rng = np.random.default_rng(3)
     x, y = rng.standard_normal((12, 5)), rng.standard_normal((9, 5)) + 0.5
     width = np.median([((x[i] - x[j]) ** 2).sum() for i in range(12) for j in range(12) if i != j])
@@ -58,7 +58,7 @@ def test_kid_is_the_plain_unbiased_estimate():
         assert distances.kid(x, y, kernel=kernel, rounds=10).value == pytest.approx(xx + yy - 2 * xy, rel=1e-9)
 
 
-def test_kid_of_one_distribution_is_zero_on_average_even_when_windows_repeat():
+def test_kid_is_unbiased_with_repeated_windows() -> None:
     rng = np.random.default_rng(4)
     values = []
     for _ in range(150):
@@ -70,31 +70,31 @@ def test_kid_of_one_distribution_is_zero_on_average_even_when_windows_repeat():
     assert np.std(values) > 0
 
 
-def test_kid_interval_covers_the_truth_and_a_shift_lies_outside():
+def test_kid_interval_covers_zero_and_excludes_a_shift() -> None:
     rng = np.random.default_rng(5)
-    inside = 0
+    covered = 0
     for _ in range(60):
         x, y = rng.standard_normal((2, 60, 4))
         e = distances.kid(x, y, rounds=100)
-        inside += e.low <= 0 <= e.high
-    assert inside >= 50  # 57 expected
+        covered += e.low <= 0 <= e.high
+    assert covered >= 50  # 57 expected
     shifted = distances.kid(x, y + 1.0)
     assert shifted.low > 0
 
 
-def test_kid_with_captions_sees_a_wrong_pairing():
+def test_kid_with_captions_detects_mismatched_captions() -> None:
     rng = np.random.default_rng(6)
     labels = rng.integers(0, 2, (2, 80))
     x, y = (rng.standard_normal((80, 4)) + 3 * labels[i][:, None] for i in (0, 1))
     a, b = np.eye(2)[labels[0]], np.eye(2)[labels[1]]
     kernel = distances.gaussian_kernel(x)
-    right = distances.kid(x, y, captions=(a, b), kernel=kernel)
-    wrong = distances.kid(x, y, captions=(a, b[::-1]), kernel=kernel)
-    assert right.low <= 0 <= right.high
-    assert wrong.low > right.high
+    matched = distances.kid(x, y, captions=(a, b), kernel=kernel)
+    mismatched = distances.kid(x, y, captions=(a, b[::-1]), kernel=kernel)
+    assert matched.low <= 0 <= matched.high
+    assert mismatched.low > matched.high
 
 
-def test_prdc_knows_collapse():
+def test_prdc_detects_collapse() -> None:
     pytest.importorskip("prdc")
     rng = np.random.default_rng(7)
     real, same = rng.standard_normal((2, 200, 5))
@@ -104,32 +104,36 @@ def test_prdc_knows_collapse():
     assert collapsed["recall"] < 0.1 < good["recall"]
 
 
-def test_levels_of_known_signals():
+def test_level_statistics_of_known_signals() -> None:
     t = np.arange(44100) / 44100
     low, high = np.sin(2 * np.pi * 440 * t), np.sin(2 * np.pi * 10000 * t)
-    measured = dict(zip(distances.LEVELS, distances.levels(np.stack([low, low])), strict=True))
+    measured = dict(zip(distances.LEVELS, distances.level_statistics(np.stack([low, low])), strict=True))
     assert measured["rms_db"] == pytest.approx(-3.01, abs=0.01)
     assert measured["side_mid_db"] < -79
     assert measured["high_band_db"] < -60
     measured = dict(
-        zip(distances.LEVELS, distances.levels(np.stack([low + high, low - high]).astype(np.float32)), strict=True)
+        zip(
+            distances.LEVELS,
+            distances.level_statistics(np.stack([low + high, low - high]).astype(np.float32)),
+            strict=True,
+        )
     )
     assert measured["side_mid_db"] == pytest.approx(0.0, abs=0.01)
     assert measured["high_band_db"] == pytest.approx(-3.01, abs=0.01)
     assert measured["high_side_mid_db"] > 60
-    assert np.isfinite(distances.levels(np.zeros((2, 1000)))).all()
+    assert np.isfinite(distances.level_statistics(np.zeros((2, 1000)))).all()
     with pytest.raises(InvalidInputError, match="stereo"):
-        distances.levels(np.zeros(1000))
+        distances.level_statistics(np.zeros(1000))
 
 
-def test_level_distance_of_a_shift_is_the_shift():
+def test_level_distances_equal_a_shift() -> None:
     rng = np.random.default_rng(8)
-    a = list(rng.standard_normal((50, 4)))
-    found = distances.level_distances(a, [x + np.array([0, 2.5, 0, -1]) for x in a])
-    assert [round(found[n].value, 6) for n in distances.LEVELS] == [0, 2.5, 0, 1]
+    x = rng.standard_normal((50, 4))
+    result = distances.level_distances(x, x + np.array([0, 2.5, 0, -1]))
+    assert [round(result[n].value, 6) for n in distances.LEVELS] == [0, 2.5, 0, 1]
 
 
-def test_intervals_have_the_width_of_theory():
+def test_intervals_have_the_theoretical_width() -> None:
     rng = np.random.default_rng(9)
     x = rng.standard_normal(400)
     for e in (mean(x), half_samples(lambda i: float(x[i].mean()), len(x), rounds=2000)):

@@ -1,6 +1,4 @@
-"""The whole evaluation: on synthetic pieces whose captions are true, and with a tiny random model on a small data
-set.
-"""
+"""Tests of the whole evaluation: on synthetic pieces with true captions, and of a random model on a small data set."""
 
 from __future__ import annotations
 
@@ -16,19 +14,19 @@ import torch
 
 from presto_rt.errors import InvalidInputError, MissingDependencyError
 from presto_rt.lab.data.manifest import Item, Manifest
-from presto_rt.lab.evaluation import report, run
+from presto_rt.lab.evaluation import clip_sets, report, run
 from presto_rt.lab.evaluation.tonality import NAMES
 from tests.support.models import write_tiny_model
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("musicnn", "basic_pitch", "onnxruntime", "prdc")),
-    reason="the judges' packages are not installed",
+    reason="the packages of the metrics are not installed",
 )
 RATE, SECONDS = 44100, 4.0
 
 
 def piece(index: int, seconds: float = SECONDS) -> tuple[np.ndarray, dict[str, Any]]:
-    """A cadence of struck chords, one on each beat, in its own key and tempo, and its record."""
+    """Make a clip of a cadence, one chord on each beat, in a key and tempo of its own, and its record."""
     rng = np.random.default_rng(index)
     tonic, minor, bpm = int(rng.integers(12)), bool(index % 2), int(rng.integers(100, 160))
     third = 3 if minor else 4
@@ -52,26 +50,26 @@ def piece(index: int, seconds: float = SECONDS) -> tuple[np.ndarray, dict[str, A
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     torch.set_num_threads(1)
-    clips, meta = zip(*(piece(i) for i in range(12)), strict=True)
-    reference, reference_meta = zip(*(piece(100 + i) for i in range(18)), strict=True)
+    clips, records = zip(*(piece(i) for i in range(12)), strict=True)
+    reference, reference_records = zip(*(piece(100 + i) for i in range(18)), strict=True)
     rng = np.random.default_rng(0)
     noise = [(0.05 * rng.standard_normal((2, int(SECONDS * RATE)))).astype(np.float32) for _ in range(6)]
-    keep = tmp_path_factory.mktemp("heard")
-    heard = []
-    found = report.evaluate(
+    cache = tmp_path_factory.mktemp("features")
+    finished: list[int] = []
+    result = report.evaluate(
         {"real": clips, "noise": noise},
-        meta,
+        records,
         reference,
-        reference_meta=reference_meta,
-        keep=keep,
-        progress=heard.append,
+        reference_records=reference_records,
+        cache=cache,
+        progress=finished.append,
     )
-    assert len(heard) == 36
-    assert len(list(keep.iterdir())) == 36
-    return found
+    assert finished == [1] * 36
+    assert len(list(cache.iterdir())) == 36
+    return result
 
 
-def test_true_captions_agree_and_shuffled_ones_do_not(result: dict[str, Any]) -> None:
+def test_evaluate_separates_true_from_shuffled_captions(result: dict[str, Any]) -> None:
     real = result["sets"]["real"]
     assert real["tempo"]["value"] > 0.9
     assert real["key"]["exact"]["value"] >= 0.75
@@ -82,7 +80,7 @@ def test_true_captions_agree_and_shuffled_ones_do_not(result: dict[str, Any]) ->
     assert real["by_kind"]["solo"]["tempo"]["value"] == real["tempo"]["value"]
 
 
-def test_noise_is_far_from_music(result: dict[str, Any]) -> None:
+def test_evaluate_separates_noise_from_music(result: dict[str, Any]) -> None:
     real, noise = result["sets"]["real"], result["sets"]["noise"]
     assert real["kid"]["high"] < noise["kid"]["low"]
     assert abs(real["kid"]["value"]) < 0.1 * noise["kid"]["value"]
@@ -90,13 +88,13 @@ def test_noise_is_far_from_music(result: dict[str, Any]) -> None:
     assert noise["prdc"] is None  # too few clips
 
 
-def test_report_is_json_and_markdown(result: dict[str, Any], tmp_path: Path) -> None:
-    numbers, text = report.write(result, tmp_path / "new")
-    again = json.loads(numbers.read_text())
-    assert again == result
-    assert again["environment"]["cores"]
-    assert again["environment"]["torch"] == torch.__version__
-    lines = text.read_text().splitlines()
+def test_write_makes_json_and_markdown(result: dict[str, Any], tmp_path: Path) -> None:
+    json_file, markdown_file = report.write(result, tmp_path / "new")
+    stored = json.loads(json_file.read_text())
+    assert stored == result
+    assert stored["environment"]["cores"]
+    assert stored["environment"]["torch"] == torch.__version__
+    lines = markdown_file.read_text().splitlines()
     header = next(line for line in lines if line.startswith("| set | KID"))
     rows = [line for line in lines if line.startswith("| real |")]
     assert len(rows) == 2
@@ -104,7 +102,7 @@ def test_report_is_json_and_markdown(result: dict[str, Any], tmp_path: Path) -> 
     assert any(line.startswith("| noise, captions shuffled |") for line in lines)
 
 
-def test_the_command_has_no_paths_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_omits_absolute_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     row = "A=/home/me/models/nano,steps=4"
     arguments = [
         "/usr/bin/presto-rt",
@@ -122,20 +120,20 @@ def test_the_command_has_no_paths_of_this_machine(monkeypatch: pytest.MonkeyPatc
     assert report.environment()["command"] == "presto-rt lab eval --row A=nano,steps=4 --data=set/ x out/a ../b 70%"
 
 
-def test_missing_judges_are_named_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_evaluate_model_names_missing_packages_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     find = importlib.util.find_spec
-    gone = ("prdc", "basic_pitch")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else find(name))
+    missing = ("prdc", "basic_pitch")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find(name))
     with pytest.raises(MissingDependencyError, match="basic_pitch, prdc: pip install"):
         run.evaluate_model(None, tmp_path, 5, 2.0, tmp_path / "out")
 
 
-def test_sets_need_a_caption_per_clip() -> None:
-    clip, meta = piece(0)
+def test_evaluate_needs_a_caption_for_each_clip() -> None:
+    clip, record = piece(0)
     with pytest.raises(InvalidInputError, match="2 clips for 1 captions"):
-        report.evaluate({"a": [clip, clip]}, [meta], [clip])
+        report.evaluate({"a": [clip, clip]}, [record], [clip])
     with pytest.raises(InvalidInputError, match="0 clips"):
-        report.evaluate({"a": []}, [meta], [clip])
+        report.evaluate({"a": []}, [record], [clip])
 
 
 # ---- the run
@@ -169,22 +167,22 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_choice_is_fixed_covers_all_and_prefers_what_can_be_checked(data_set: Path) -> None:
+def test_choose_records_is_deterministic_and_prefers_informative_captions(data_set: Path) -> None:
     from presto_rt.lab.data.dataset import items, load_manifest
 
-    held_out = items(load_manifest(data_set), "test", run.RENDERED)
-    records = run.choose(held_out, 8, 2.0)
-    assert records == run.choose(held_out[::-1], 8, 2.0)
+    held_out = items(load_manifest(data_set), "test", clip_sets.RENDERED)
+    records = clip_sets.choose_records(held_out, 8, 2.0)
+    assert records == clip_sets.choose_records(held_out[::-1], 8, 2.0)
     assert len({r["id"] for r in records[:5]}) == 5
     assert [r["id"] for r in records[5:]] == [r["id"] for r in records[:3]]
     assert records[5]["start_frame"] != records[0]["start_frame"]
     assert all(f"in {r['key']}" in r["prompt"] and str(r["bpm"]) in r["prompt"] for r in records)
-    assert run.choose(held_out, 5, 2.0, seed=1) != records[:5]
-    with pytest.raises(InvalidInputError, match="at least 3 s"):
-        run.choose(held_out, 5, 3.0)
+    assert clip_sets.choose_records(held_out, 5, 2.0, seed=1) != records[:5]
+    with pytest.raises(InvalidInputError, match="longer than 3 s"):
+        clip_sets.choose_records(held_out, 5, 3.0)
 
 
-def test_a_model_is_judged_and_the_run_resumes(data_set: Path, tmp_path: Path) -> None:
+def test_evaluate_model_covers_all_sets_and_resumes(data_set: Path, tmp_path: Path) -> None:
     from presto_rt.pipeline import load
 
     model = load(write_tiny_model(tmp_path / "tiny"), dtype="float32")
@@ -198,25 +196,30 @@ def test_a_model_is_judged_and_the_run_resumes(data_set: Path, tmp_path: Path) -
     }
     result = run.evaluate_model(model, data_set, 5, 2.0, tmp_path / "out", others={"again": model}, **settings)
     assert list(result["sets"]) == [
-        "real, held out", "generated", "again", "codec reconstruction", "Gaussian latents", "shaped noise",
-    ]  # fmt: skip
+        "real, held out",
+        "generated",
+        "again",
+        "codec reconstruction",
+        "Gaussian latents",
+        "shaped noise",
+    ]
     assert [s["clips"] for s in result["sets"].values()] == [5, 5, 5, 5, 4, 4]
     assert result["sets"]["generated"]["kid"] == result["sets"]["again"]["kid"]  # the same seeds
     assert result["settings"]["steps"] == 1
     clips = sorted((tmp_path / "out" / "clips" / "generated").iterdir())
     assert len(clips) == 5
     stamps = [c.stat().st_mtime_ns for c in clips]
-    kept = clips.pop()
-    kept.unlink()
+    removed = clips.pop()
+    removed.unlink()
     repeated = run.evaluate_model(model, data_set, 5, 2.0, tmp_path / "out", others={"again": model}, **settings)
-    assert kept.is_file()
-    assert [c.stat().st_mtime_ns for c in clips][:3] == stamps[:3]  # the whole batch is left as it was
+    assert removed.is_file()
+    assert [c.stat().st_mtime_ns for c in clips][:3] == stamps[:3]  # files of complete batches are unchanged
     assert repeated["sets"] == result["sets"]
 
 
-def test_noise_has_the_spectrum_and_level_of_the_music() -> None:
+def test_shaped_noise_has_the_spectrum_and_level_of_the_clips() -> None:
     clips = [piece(i)[0] for i in range(4)]
-    noise = run.shaped_noise(clips, 2, SECONDS)
+    noise = clip_sets.shaped_noise(clips, 2, SECONDS)
     level = np.mean([(c**2).mean(1) for c in clips], axis=0)
     np.testing.assert_allclose((noise[0] ** 2).mean(1), level, rtol=0.3)
     assert abs(np.corrcoef(noise[0])[0, 1]) < 0.1
