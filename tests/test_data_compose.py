@@ -11,7 +11,7 @@ from presto_rt.lab.data import textures
 from presto_rt.lab.data.captions import captions, tempo_class
 from presto_rt.lab.data.compose import INSTRUMENTS, Piece, audible
 from presto_rt.lab.data.midi import DRUMS, Note, Score, from_bytes, to_bytes
-from presto_rt.lab.data.textures import KITS, LeadSheet
+from presto_rt.lab.data.textures import KITS, LeadSheet, Voice
 from presto_rt.lab.data.theory import Key, blues, progression
 from presto_rt.lab.data.tunes import parse
 from tests.support.pitches import PITCH_CLASSES
@@ -103,11 +103,11 @@ def test_textures_stay_inside_bars_and_scale(density: str, beats: int) -> None:
         key = KEYS[seed * 2 % 24 + seed % 2]
         sheet = LeadSheet(key, progression(rng, key, 8), beats, density)
         parts = {
-            "melody": textures.melody(rng, sheet, 0, 55, 80),
-            "chords": textures.block_chords(rng, sheet, 0, 48, 72),
-            "sustained": textures.sustained(rng, sheet, 0, 48, 72),
-            "arpeggio": textures.arpeggio(rng, sheet, 0, 44, 74),
-            "strum": textures.strum(rng, sheet, 0, 40, 79),
+            "melody": textures.melody(rng, sheet, Voice(0, 55, 80)),
+            "chords": textures.block_chords(rng, sheet, Voice(0, 48, 72)),
+            "sustained": textures.sustained(rng, sheet, Voice(0, 48, 72)),
+            "arpeggio": textures.arpeggio(rng, sheet, Voice(0, 44, 74)),
+            "strum": textures.strum(rng, sheet, Voice(0, 40, 79)),
         }
         allowed = set(key.scale) | {(key.tonic + 11) % 12}
         for name, notes in parts.items():
@@ -119,7 +119,7 @@ def test_textures_stay_inside_bars_and_scale(density: str, beats: int) -> None:
             assert all(0 < n.velocity < 128 and n.duration > 0 for n in notes), name
         style = rng.choice(list(KITS))
         assert all(n.channel == DRUMS and 0 <= n.start < 8 * beats for n in textures.drums(rng, sheet, style))
-        assert min(n.start for n in textures.bass_line(rng, sheet, 0, 28, 50)) == 0
+        assert min(n.start for n in textures.bass_line(rng, sheet, Voice(0, 28, 50))) == 0
 
 
 @pytest.mark.parametrize("kind", ["solo", "duo", "band"])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from presto_rt.lab.evaluation import adherence, rhythm, tonality
+from presto_rt.lab.evaluation import adherence, fit_key, rhythm, tonality
 from presto_rt.lab.evaluation.notes import NoteTracker
 
 RATE = 44100
@@ -238,6 +238,21 @@ def test_fit_finds_cadences_and_recovers_a_profile() -> None:
     weights = tonality.fit(chromas[:80], keys[:80])
     estimates = [tonality.best_key(tonality.key_scores(c, weights)) for c in chromas[80:]]
     assert np.mean([f == k for f, k in zip(estimates, keys[80:], strict=True)]) > 0.9
+
+
+def test_cross_validate_finds_keys_of_held_out_compositions() -> None:
+    rng = np.random.default_rng(2)
+    keys = [(int(rng.integers(12)), tonality.MODES[int(rng.integers(2))]) for _ in range(100)]
+    chromas = []
+    for tonic, mode in keys:
+        profile = np.roll(np.array(tonality.PROFILES["temperley"][mode == "minor"]), tonic)
+        part = np.stack([profile, np.eye(12)[tonic] + 0.2]) * rng.uniform(0.9, 1.1, (2, 12))
+        chromas.append(part / part.sum(1, keepdims=True))
+    groups = [f"composition {i // 2}" for i in range(100)]
+    assert fit_key.cross_validate(chromas, keys, groups, 1e-3) > 0.9
+    assert fit_key.accuracy(lambda chroma: tonality.profile_scores(chroma[0]), chromas, keys) > 0.9
+    shifted = [((tonic + 6) % 12, mode) for tonic, mode in keys]
+    assert fit_key.accuracy(lambda chroma: tonality.profile_scores(chroma[0]), chromas, shifted) == 0
 
 
 def test_tempo_and_key_accuracy_count_only_requested_facts() -> None:

@@ -124,7 +124,7 @@ def test_evaluate_model_names_missing_packages_first(monkeypatch: pytest.MonkeyP
     find = importlib.util.find_spec
     missing = ("prdc", "basic_pitch")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find(name))
-    with pytest.raises(MissingDependencyError, match="basic_pitch, prdc: pip install"):
+    with pytest.raises(MissingDependencyError, match="basic_pitch, prdc; run: pip install"):
         run.evaluate_model(None, tmp_path, 5, 2.0, tmp_path / "out")
 
 
@@ -194,7 +194,7 @@ def test_evaluate_model_covers_all_sets_and_resumes(data_set: Path, tmp_path: Pa
         "guidance": 1.0,
         "workers": 2,
     }
-    result = run.evaluate_model(model, data_set, 5, 2.0, tmp_path / "out", others={"again": model}, **settings)
+    result = run.evaluate_model(model, data_set, 5, 2.0, tmp_path / "out", baselines={"again": model}, **settings)
     assert list(result["sets"]) == [
         "real, held out",
         "generated",
@@ -211,7 +211,7 @@ def test_evaluate_model_covers_all_sets_and_resumes(data_set: Path, tmp_path: Pa
     stamps = [c.stat().st_mtime_ns for c in clips]
     removed = clips.pop()
     removed.unlink()
-    repeated = run.evaluate_model(model, data_set, 5, 2.0, tmp_path / "out", others={"again": model}, **settings)
+    repeated = run.evaluate_model(model, data_set, 5, 2.0, tmp_path / "out", baselines={"again": model}, **settings)
     assert removed.is_file()
     assert [c.stat().st_mtime_ns for c in clips][:3] == stamps[:3]  # files of complete batches are unchanged
     assert repeated["sets"] == result["sets"]

@@ -11,7 +11,7 @@ from . import textures
 from .gm import name_of
 from .grooves import GROOVES, Groove, arrange
 from .midi import DRUMS, Note, Score
-from .textures import LeadSheet
+from .textures import LeadSheet, Voice
 from .theory import Chord, Key, blues, progression, random_key
 from .tunes import Tune, load_tunes
 
@@ -290,22 +290,23 @@ def _part(
         middle = min(low + 12 + rng.randint(0, 6), high - 7)
         if melody is not None:
             return _fit_range(melody, channel, low, high)
-        return textures.melody(rng, sheet, channel, max(low, middle - 9), min(high, middle + 11))
+        return textures.melody(rng, sheet, Voice(channel, max(low, middle - 9), min(high, middle + 11)))
     if texture == "hands":
         split = max(low + 12, 58)
         upper = _part(rng, sheet, replace(instrument, low=split, high=min(split + 24, high)), "melody", channel, melody)
         left = rng.choice((textures.arpeggio, textures.block_chords, textures.bass_line))
         calm = replace(sheet, density="sparse" if sheet.density == "sparse" else "medium")
         bottom = max(low, 36)
-        lower = left(rng, calm, channel, bottom, split - 1)
+        lower = left(rng, calm, Voice(channel, bottom, split - 1))
         return upper + [replace(n, velocity=max(30, n.velocity - 14)) for n in lower]
     if texture == "bass":
-        return textures.bass_line(rng, sheet, channel, low, high)
+        return textures.bass_line(rng, sheet, Voice(channel, low, high))
     if texture == "strum":
-        return textures.strum(rng, sheet, channel, low, high)
+        return textures.strum(rng, sheet, Voice(channel, low, high))
     function = _CHORDAL[texture]
     base = low + rng.randint(2, 8) if texture == "arpeggio" else max(low, 46)
-    return function(rng, sheet, channel, base, min(high, base + (30 if texture == "arpeggio" else 24)))
+    top = min(high, base + (30 if texture == "arpeggio" else 24))
+    return function(rng, sheet, Voice(channel, base, top))
 
 
 def _solo(rng: random.Random, plan: PiecePlan, sheet: LeadSheet, melody: list[Note] | None) -> Arrangement:

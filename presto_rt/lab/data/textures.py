@@ -1,13 +1,14 @@
 """Idiomatic parts over a chord progression: melodies, chords, arpeggios, strums, bass lines and drum patterns.
 
-Each part is a list of notes on one channel, with times in beats from the first downbeat. The functions share their
-parameters: `rng` is the source of random draws, `channel` the MIDI channel, `low` and `high` the range in MIDI keys.
+Each part is a list of notes with times in beats from the first downbeat. The functions draw from `rng`, follow the lead
+sheet, and write for the channel and the range of `voice`.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .midi import DRUMS, Note
 from .theory import Chord, Key
@@ -35,14 +36,23 @@ class LeadSheet:
         return [(i * self.beats, c) for i, c in enumerate(self.chords)]
 
 
+class Voice(NamedTuple):
+    """MIDI channel of a part, and its range in MIDI keys."""
+
+    channel: int
+    low: int
+    high: int
+
+
 def nearest(pitch: int, classes: tuple[int, ...], low: int, high: int) -> int:
     """Return the MIDI key in [low, high], of one of the pitch classes, that is nearest to `pitch`."""
     candidates = [p for p in range(low, high + 1) if p % 12 in classes]
     return min(candidates, key=lambda p: (abs(p - pitch), p))
 
 
-def melody(rng: random.Random, sheet: LeadSheet, channel: int, low: int, high: int) -> list[Note]:
+def melody(rng: random.Random, sheet: LeadSheet, voice: Voice) -> list[Note]:
     """Compose a melody of recurring two-bar motifs, with chord tones on strong beats and a close on the tonic."""
+    channel, low, high = voice
     motifs = {name: _motif(rng, sheet) for name in "ABC"}
     order = rng.choice(("AABA", "ABAC", "AABB", "ABCB"))
     notes: list[Note] = []
@@ -77,8 +87,9 @@ def tune(notes: tuple[tuple[float, float, int], ...], rng: random.Random, channe
     return [Note(s, channel, p + shift, d * 0.93, _velocity(rng, 94 if s == int(s) else 84)) for s, d, p in notes]
 
 
-def block_chords(rng: random.Random, sheet: LeadSheet, channel: int, low: int, high: int) -> list[Note]:
+def block_chords(rng: random.Random, sheet: LeadSheet, voice: Voice) -> list[Note]:
     """Play close-position chords in a steady rhythm."""
+    channel, low, high = voice
     patterns = {
         "sparse": [(0.0,), (0.0, sheet.beats / 2)],
         "medium": [tuple(float(b) for b in range(sheet.beats)), (0.0, 1.5, 3.0)[: sheet.beats - 1], (0.0, 2.0)],
@@ -101,8 +112,9 @@ def block_chords(rng: random.Random, sheet: LeadSheet, channel: int, low: int, h
     return notes
 
 
-def sustained(rng: random.Random, sheet: LeadSheet, channel: int, low: int, high: int) -> list[Note]:
+def sustained(rng: random.Random, sheet: LeadSheet, voice: Voice) -> list[Note]:
     """Hold one chord a bar over its root, with a moving top voice unless the density is sparse."""
+    channel, low, high = voice
     notes = []
     for start, chord in sheet.bars():
         keys = voicing(chord, (low + high) // 2, low, high)
@@ -117,8 +129,9 @@ def sustained(rng: random.Random, sheet: LeadSheet, channel: int, low: int, high
     return notes
 
 
-def arpeggio(rng: random.Random, sheet: LeadSheet, channel: int, low: int, high: int) -> list[Note]:
+def arpeggio(rng: random.Random, sheet: LeadSheet, voice: Voice) -> list[Note]:
     """Play broken chords in one figure, from a low root upwards."""
+    channel, low, high = voice
     step = {"sparse": 1.0, "medium": 0.5, "busy": 0.25}[sheet.density]
     count = round(sheet.beats / step)
     shape = rng.choice(("up", "updown", "alberti", "wide"))
@@ -146,8 +159,9 @@ def arpeggio(rng: random.Random, sheet: LeadSheet, channel: int, low: int, high:
     return notes
 
 
-def strum(rng: random.Random, sheet: LeadSheet, channel: int, low: int, high: int) -> list[Note]:
-    """Strum guitar chords: down on the beats, up between them, 0.02 beats from string to string."""
+def strum(rng: random.Random, sheet: LeadSheet, voice: Voice) -> list[Note]:
+    """Strum guitar chords over two octaves: down on the beats, up between them, 0.02 beats from string to string."""
+    channel, low, _ = voice
     patterns = {
         "sparse": [((0.0, 1), (2.0, 1)), ((0.0, 1),)],
         "medium": [((0.0, 1), (1.0, 1), (1.5, -1), (2.5, -1), (3.0, 1)), ((0.0, 1), (1.0, 1), (2.0, 1), (3.0, 1))],
@@ -173,8 +187,9 @@ def strum(rng: random.Random, sheet: LeadSheet, channel: int, low: int, high: in
     return notes
 
 
-def bass_line(rng: random.Random, sheet: LeadSheet, channel: int, low: int, high: int) -> list[Note]:
+def bass_line(rng: random.Random, sheet: LeadSheet, voice: Voice) -> list[Note]:
     """Play a bass line: long roots, roots and fifths, walking quarters, eighths, or syncopated sixteenths."""
+    channel, low, high = voice
     kind = {"sparse": ("long", "rootfifth"), "medium": ("rootfifth", "walk"), "busy": ("eighths", "funk", "walk")}
     style = rng.choice(kind[sheet.density])
     notes: list[Note] = []

@@ -77,12 +77,12 @@ def run(args: argparse.Namespace) -> int:
         return _compare(args)
     settings = {"steps": args.steps, "sampler": args.sampler, "guidance": args.guidance, "layers": args.layers}
     options = {name: value for name, value in settings.items() if value is not None}
-    model, others = None, {}
+    model, baselines = None, {}
     if args.model != "none":
         import presto_rt
 
         model = presto_rt.load(args.model) if args.model else presto_rt.load()
-        others = {Path(folder).name: presto_rt.load(folder) for folder in args.compare}
+        baselines = {Path(folder).name: presto_rt.load(folder) for folder in args.compare}
     if args.denoising:
         return _denoising(model, args)
     result = evaluate_model(
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         args.count,
         args.seconds,
         args.out,
-        others=others,
+        baselines=baselines,
         reference_count=args.reference,
         seed=args.seed,
         batch=args.batch,

@@ -120,9 +120,17 @@ def opus(clip: np.ndarray, kilobits: int) -> np.ndarray:
 
 
 def held_out(root: str | os.PathLike[str], group: str, count: int, seconds: float, seed: int = 0) -> list[np.ndarray]:
-    """Load at most `count` clips (2, n) of the test split, one of each item, in random order.
+    """Load clips of the test split, at most one of each item, in random order; silent crops are skipped.
 
-    `group` is "rendered" or "recorded". Silent crops are skipped.
+    Args:
+        root: folder of the data set.
+        group: "rendered" or "recorded".
+        count: largest number of clips.
+        seconds: length of each clip.
+        seed: seed of items and crops.
+
+    Returns:
+        Clips (2, n) float32.
     """
     kinds = ("recording",) if group == "recorded" else ("solo", "duo", "band")
     frames = int(seconds * SAMPLE_RATE)

@@ -88,8 +88,8 @@ class LinearDenoiser:
         """
         window, channels, half = self.window, self.channels, self.window // 2
         gains = self.values / (self.values + added**2)
-        whole = (self.vectors * gains) @ self.vectors.T  # row i C + c estimates channel c of a window's frame i
-        head, center, tail = whole.split([half * channels, channels, (window - half - 1) * channels])
+        weights = (self.vectors * gains) @ self.vectors.T  # row i C + c estimates channel c of a window's frame i
+        head, center, tail = weights.split([half * channels, channels, (window - half - 1) * channels])
 
         def apply(noisy: Tensor) -> Tensor:
             batch, frames = noisy.shape[:2]

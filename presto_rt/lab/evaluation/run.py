@@ -38,7 +38,7 @@ def evaluate_model(
     out: str | Path = "runs/evaluation",
     *,
     name: str = "generated",
-    others: Mapping[str, Pipeline] | None = None,
+    baselines: Mapping[str, Pipeline] | None = None,
     reference_count: int = 400,
     controls: int = 48,
     seed: int = 0,
@@ -60,7 +60,7 @@ def evaluate_model(
         seconds: length of each clip.
         out: folder of clips and results.
         name: name of the model's set.
-        others: further models by name, evaluated on the same captions; the reconstructions use the codec of `model`.
+        baselines: further models by name, evaluated on the same captions; the reconstructions use the codec of `model`.
         reference_count: clips of the other splits that form the reference.
         controls: clips of each noise control.
         seed: seed of captions, crops and noise.
@@ -87,7 +87,7 @@ def evaluate_model(
     sets: dict[str, Sequence[np.ndarray]] = {"real, held out": held_out}
     if model is not None:
         prompts = [record["prompt"] for record in records]
-        for label, pipeline in {name: model, **(others or {})}.items():
+        for label, pipeline in {name: model, **(baselines or {})}.items():
             sets[label] = generated_clips(
                 pipeline, prompts, folder / "clips" / label, seconds=seconds, seed=seed, batch=batch, **options
             )
