@@ -1,1 +1,1 @@
-"""The data set: composed, rendered and captioned music, and free-licence recordings."""
+"""Data set of composed, rendered and captioned music, and of recordings under free licenses."""

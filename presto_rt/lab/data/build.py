@@ -18,10 +18,10 @@ from ...errors import InvalidInputError, PrestoError
 from .captions import captions
 from .compose import compose, plan_piece
 from .grooves import check_mma
-from .manifest import KINDS, SPLITS, Item, Manifest, collect, split_of, write_item
+from .manifest import KINDS, SAMPLE_RATE, SPLITS, Item, Manifest, collect, split_of, write_item
 from .midi import to_bytes
 from .recordings import build_recordings
-from .render import SAMPLE_RATE, render, soundfont
+from .render import render, soundfont
 from .tunes import load_tunes
 
 REFRESH_SECONDS = 120.0

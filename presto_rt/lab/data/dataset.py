@@ -10,9 +10,8 @@ import numpy as np
 
 from ...errors import InvalidInputError
 from .manifest import KINDS, SPLITS, Item, Manifest
+from .manifest import SAMPLE_RATE as SAMPLE_RATE
 from .manifest import load_manifest as load_manifest
-
-SAMPLE_RATE = 44100
 
 
 def items(

@@ -17,6 +17,7 @@ from typing import Any
 from ...errors import InvalidInputError
 
 VERSION = 1
+SAMPLE_RATE = 44100  # of all audio files, in Hz
 KINDS = ("solo", "duo", "band", "recording")
 SPLITS = ("train", "val", "test")
 

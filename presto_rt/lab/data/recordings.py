@@ -22,9 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import MissingDependencyError, OutputError
-from .manifest import Item, split_of, write_item
+from .manifest import SAMPLE_RATE, Item, split_of, write_item
 
-SAMPLE_RATE = 44100
 PIECE_SECONDS = 45.0
 SHORTEST_SONG = 20.0
 SILENCE_RMS = 10 ** (-55 / 20)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ...errors import MissingDependencyError
+from .manifest import SAMPLE_RATE
 from .midi import DRUMS, Score
 
-SAMPLE_RATE = 44100
 SOUNDFONTS = (
     "/usr/share/sounds/sf3/MuseScore_General_Lite.sf3",
     "/usr/share/sounds/sf3/MuseScore_General.sf3",

@@ -161,10 +161,13 @@ def _to_numpy(samples: Tensor) -> np.ndarray:
 def gaussian_latents(codec: Codec, count: int, seconds: float, seed: int = 0) -> LazyClips:
     """Decode white Gaussian latents with the data's standard deviation: the lower bound, without a model."""
     frames = round(seconds * SAMPLE_RATE)
+    shape = (1, -(-frames // HOP), codec.config.latent_channels)
 
     def load(i: int) -> np.ndarray:
         with torch.inference_mode():
-            latents = 0.5 * normal(seed, (1, -(-frames // HOP), 64), stream=i).to(_device(codec))
+            latents = 0.5 * normal(seed, (1, -(-frames // HOP), codec.config.latent_channels), stream=i).to(
+                _device(codec)
+            )
             return _to_numpy(codec.decode(latents, frames=frames)[0])
 
     return LazyClips(load, count)
