@@ -165,9 +165,7 @@ def gaussian_latents(codec: Codec, count: int, seconds: float, seed: int = 0) ->
 
     def load(i: int) -> np.ndarray:
         with torch.inference_mode():
-            latents = 0.5 * normal(seed, (1, -(-frames // HOP), codec.config.latent_channels), stream=i).to(
-                _device(codec)
-            )
+            latents = 0.5 * normal(seed, shape, stream=i).to(_device(codec))
             return _to_numpy(codec.decode(latents, frames=frames)[0])
 
     return LazyClips(load, count)
