@@ -79,7 +79,7 @@ TABLES: dict[str, tuple[str, list[Entry]]] = {
         "Which noise levels each loss draws, and what the fake score knows; Presto-S with one change, 4 steps",
         [few("Presto-S", "presto-s")]
         + [few(name, name) for name in ("gen-train", "dmd-inference", "dsm-inference", "gan-inference")]
-        + [few("fake score not told s_g", "fake-untold"), few("gradient weighed by sample", "sample-weight")],
+        + [few("fake score not told s_g", "fake-unconditioned"), few("gradient weighed by sample", "sample-weight")],
     ),
     "both": (
         "Both",

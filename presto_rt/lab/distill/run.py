@@ -1,28 +1,57 @@
-"""One function for each distillation: settings by name, a teacher, a run folder, a budget in minutes."""
+"""Distillation runs: one function for layers, steps and both, each with a teacher, a run folder and a time budget."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from ...checkpoints import load_folder
 from ...diffusion.schedule import LayerSchedule, parse_layers
 from ...errors import InvalidInputError
-from ..training.common import checkpoint_meta
-from ..training.loop import Trainer, large_batches
+from ..training.checkpoint import checkpoint_meta, run_checkpoint
+from ..training.device import large_batches
+from ..training.loop import Trainer
 from ..training.networks import load_network
-from . import layers, steps
+from . import layers, step_options
+from .steps import StepTrainer
 
-#: share of the minutes of `both` that go into dropping layers, when it does both
+#: share of the budget of `distill_both` that goes into layer distillation, if it does both
 LAYER_SHARE = 0.35
 
 
-def distil_layers(data: str | Path, run_dir: str | Path, minutes: float, teacher: str | Path, *,
-                  method: str = "presto-l", device: str = "auto", resume: bool = False, limit: float | None = None,
-                  **changes: Any) -> dict[str, float]:  # fmt: skip
-    """Train a copy of `teacher` to run with fewer blocks; see `layers.LayerDistillation` for `changes`.
+def distill_layers(
+    data: str | Path,
+    run_dir: str | Path,
+    minutes: float,
+    teacher: str | Path,
+    *,
+    method: str = "presto-l",
+    device: str = "auto",
+    resume: bool = False,
+    limit: float | None = None,
+    **changes: Any,
+) -> dict[str, float]:
+    """Train a copy of a model to run fewer blocks.
 
-    teacher: whatever `networks.load_network` reads. A resumed run counts the minutes it has used; `limit` stops this
-    call earlier. On a CUDA GPU a batch has `layers.GPU_TOKENS` frames. Returns the last held-out figures.
+    On a CUDA GPU a batch has `layers.GPU_TOKENS` latent frames unless `tokens` is given.
+
+    Args:
+        data: data set folder with encoded latents.
+        run_dir: folder of the checkpoint and the log.
+        minutes: time budget; a resumed run counts the minutes it has used.
+        teacher: model to start from, as `networks.load_network` reads.
+        method: a method of `layers.METHODS`.
+        device: "auto", "cpu" or "cuda".
+        resume: continue from the run folder's checkpoint if there is one.
+        limit: minutes after which this call stops, to be resumed later; None for no limit.
+        **changes: further fields of `layers.LayerDistillation`.
+
+    Returns:
+        The last held-out errors, by name.
+
+    Raises:
+        InvalidInputError: bad method, option or data set, or a run that exists while `resume` is False.
+        WeightsError: missing or damaged weights.
     """
     if large_batches(device):
         changes.setdefault("tokens", layers.GPU_TOKENS)
@@ -30,69 +59,145 @@ def distil_layers(data: str | Path, run_dir: str | Path, minutes: float, teacher
     return _run(layers.LayerTrainer(data, run_dir, load_network(teacher), options, device), resume, limit)
 
 
-def distil_steps(data: str | Path, run_dir: str | Path, minutes: float, teacher: str | Path, *,
-                 method: str = "presto-s", student: str | Path | None = None, budget: str = "100%",
-                 device: str = "auto", resume: bool = False, limit: float | None = None,
-                 **changes: Any) -> dict[str, float]:  # fmt: skip
-    """Train a few-step generator; see `steps.StepDistillation` for `changes`, `distil_layers` for the rest.
+def distill_steps(
+    data: str | Path,
+    run_dir: str | Path,
+    minutes: float,
+    teacher: str | Path,
+    *,
+    method: str = "presto-s",
+    student: str | Path | None = None,
+    budget: str = "100%",
+    device: str = "auto",
+    resume: bool = False,
+    limit: float | None = None,
+    **changes: Any,
+) -> dict[str, float]:
+    """Train a few-step generator.
 
-    student: what the generator starts from, if not the teacher; budget: the layers that it runs with.
+    On a CUDA GPU a batch has `step_options.GPU_TOKENS` latent frames unless `tokens` is given.
+
+    Args:
+        data: data set folder with encoded latents.
+        run_dir: folder of the checkpoint and the log.
+        minutes: time budget; a resumed run counts the minutes it has used.
+        teacher: model to distill, as `networks.load_network` reads.
+        method: a method of `step_options.METHODS`.
+        student: model that the generator starts from; None for the teacher.
+        budget: layers that the generator runs, for instance "70%"; the student's own schedule of that name if it has
+            one.
+        device: "auto", "cpu" or "cuda".
+        resume: continue from the run folder's checkpoint if there is one.
+        limit: minutes after which this call stops, to be resumed later; None for no limit.
+        **changes: further fields of `step_options.StepDistillation`.
+
+    Returns:
+        The last held-out errors, by name.
+
+    Raises:
+        InvalidInputError: bad method, option, budget or data set, or a run that exists while `resume` is False.
+        WeightsError: missing or damaged weights.
     """
     if large_batches(device):
-        changes.setdefault("tokens", steps.GPU_TOKENS)
-    options = steps.settings(method, minutes, **changes)
+        changes.setdefault("tokens", step_options.GPU_TOKENS)
+    options = step_options.settings(method, minutes, **changes)
     network = load_network(teacher)
-    begin = None if student is None else load_network(student)
+    start = None if student is None else load_network(student)
     c = network.config
     schedule = parse_layers(budget, c.blocks, saved=saved_schedules(student), ladder=(c.sigma_min, c.sigma_max, c.rho))
-    trainer = steps.StepTrainer(data, run_dir, network, options, device, schedule, begin, budget)
-    return _run(trainer, resume, limit)
+    return _run(StepTrainer(data, run_dir, network, options, device, schedule, start, budget), resume, limit)
 
 
-def distil_both(data: str | Path, run_dir: str | Path, minutes: float, teacher: str | Path, *,
-                method: str = "presto-s", student: str | Path | None = None, budget: str = "70%",
-                device: str = "auto", resume: bool = False, limit: float | None = None, seed: int = 0,
-                **changes: Any) -> dict[str, float]:  # fmt: skip
-    """Presto-LS: layers first, then steps from the layer-distilled model, with the teacher at full depth as real score.
+def distill_both(
+    data: str | Path,
+    run_dir: str | Path,
+    minutes: float,
+    teacher: str | Path,
+    *,
+    method: str = "presto-s",
+    student: str | Path | None = None,
+    budget: str = "70%",
+    device: str = "auto",
+    resume: bool = False,
+    limit: float | None = None,
+    seed: int = 0,
+    **changes: Any,
+) -> dict[str, float]:
+    """Train a few-step generator with fewer layers (Presto-LS): layers first, then steps.
 
-    student: a layer-distilled model that is there already; else the first `LAYER_SHARE` of the minutes make one in
-    `run_dir`/layers, with the batches that `changes` asks for. `limit` counts for both parts together.
+    The generator starts from the layer-distilled model. The real score of the step distillation is the teacher with all blocks.
+
+    Args:
+        data: data set folder with encoded latents.
+        run_dir: folder of the checkpoint and the log.
+        minutes: time budget of both parts; a resumed run counts the minutes it has used.
+        teacher: model to distill, as `networks.load_network` reads.
+        method: a method of `step_options.METHODS`.
+        student: a layer-distilled model. None trains one in `run_dir`/layers with the first LAYER_SHARE of the budget,
+            with the batches that `changes` asks for.
+        budget: layers that the generator runs.
+        device: "auto", "cpu" or "cuda".
+        resume: continue from the run folder's checkpoints if there are any.
+        limit: minutes after which this call stops, both parts together; None for no limit.
+        seed: seed of both parts.
+        **changes: further fields of `step_options.StepDistillation`.
+
+    Returns:
+        The last held-out errors, by name; empty if the call ended before the step distillation.
+
+    Raises:
+        InvalidInputError: bad method, option, budget or data set, or a run that exists while `resume` is False.
+        WeightsError: missing or damaged weights.
     """
-    spent = 0.0
+    used = 0.0
     if student is None:
         student = Path(run_dir) / "layers"
-        share, before = LAYER_SHARE * minutes, used_minutes(student)
-        if before < share:
+        share, used_before = LAYER_SHARE * minutes, used_minutes(student)
+        if used_before < share:
             batches = {name: changes[name] for name in ("tokens", "frames", "control_dropout") if name in changes}
-            distil_layers(
+            distill_layers(
                 data, student, share, teacher, device=device, resume=resume, limit=limit, seed=seed, **batches
             )
-        spent = used_minutes(student) - before
-        if used_minutes(student) < share or (limit is not None and spent >= limit):
+        used = used_minutes(student) - used_before
+        if used_minutes(student) < share or (limit is not None and used >= limit):
             return {}
         minutes -= share
-    rest = None if limit is None else limit - spent
-    return distil_steps(data, run_dir, minutes, teacher, method=method, student=student, budget=budget, device=device,
-                        resume=resume, limit=rest, seed=seed, **changes)  # fmt: skip
+    return distill_steps(
+        data,
+        run_dir,
+        minutes,
+        teacher,
+        method=method,
+        student=student,
+        budget=budget,
+        device=device,
+        resume=resume,
+        limit=None if limit is None else limit - used,
+        seed=seed,
+        **changes,
+    )
 
 
 def used_minutes(run_dir: str | Path) -> float:
-    """Minutes of its budget that a run has used; 0 where there is none."""
-    checkpoint = Path(run_dir) / "checkpoint.safetensors"
+    """Minutes of its budget that a run has used; 0 if the folder has no checkpoint."""
+    checkpoint = run_checkpoint(run_dir)
     return float(checkpoint_meta(checkpoint)["used_seconds"]) / 60 if checkpoint.is_file() else 0.0
 
 
 def saved_schedules(student: str | Path | None) -> dict[str, LayerSchedule]:
-    """The layer schedules that a layer-distilled run or weights folder has learned."""
+    """Return the layer schedules of a run, checkpoint, weights folder or shipped model, by the name of their budget.
+
+    Raises:
+        InvalidInputError: malformed schedules.
+        WeightsError: missing or damaged weights.
+    """
     if student is None:
         return {}
-    from ...checkpoints import load_folder
-
-    checkpoint = Path(student) / "checkpoint.safetensors" if Path(student).is_dir() else Path(student)
+    checkpoint = run_checkpoint(student) if Path(student).is_dir() else Path(student)
     meta = checkpoint_meta(checkpoint) if checkpoint.is_file() else load_folder(student).config
     saved = meta.get("layers", {})
     if not isinstance(saved, dict):
-        raise InvalidInputError(f"the layer schedules of {student} are damaged")
+        raise InvalidInputError(f"the layer schedules of {student} are damaged; pack or train the model again")
     return {name: LayerSchedule.from_json(schedule) for name, schedule in saved.items()}
 
 

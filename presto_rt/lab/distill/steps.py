@@ -1,246 +1,83 @@
-"""Step distillation: Presto-S (distribution matching and a GAN on continuous noise levels) and its baselines.
-
-Three networks start from the teacher: the frozen guided teacher mu_real, the generator G, and the fake score mu_fake,
-which learns G's own distribution and whose activations feed the discriminator. One generator update:
-
-    x_hat = G(x + s_g n; s_g)                                  s_g ~ p_gen
-    L_G   = follow(x_hat, w [mu_fake - mu_real]) + gan_weight (D(x_hat + s e) - 1)^2        s ~ p_dmd, p_gan
-
-and `fake_updates` of mu_fake and D between two of them:
-
-    L_F   = lambda(s) |mu_fake(x_hat + s e; s) - x_hat|^2 + (D(x + s e) - 1)^2 + D(x_hat + s e)^2      s ~ p_dsm, p_gan
-
-mu_fake and D are told s_g (`fake_score.py` says why). Baselines are settings of the same code (`METHODS`):
-DMD2-style (a discrete ladder, inference levels everywhere, nothing told), no GAN, and consistency distillation along
-the teacher's ODE.
-"""
+"""Step distillation of diffusion transformers; the losses are in `step_losses.py`, the options in `step_options.py`."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...diffusion.precond import coefficients, loss_weight, precondition
+from ...diffusion.precond import coefficients, precondition
 from ...diffusion.schedule import LayerSchedule
 from ...errors import InvalidInputError
 from ...models.dit import Condition, DiT
+from ..training.averaging import Ema
 from ..training.base import draw_batch, held_out_error
-from ..training.common import Ema
-from ..training.loop import adamw, autocast, compile_blocks
-from .discriminator import Head
+from ..training.device import autocast, compile_blocks
+from ..training.loop import adamw
+from .discriminator import DiscriminatorHead
 from .fake_score import FakeScore
-from .levels import check_levels, draw_levels
-from .losses import (
-    consistency_loss,
-    corrupt,
-    denoising_score_matching,
-    discriminator_loss,
-    distribution_matching_gradient,
-    follow,
-    generator_loss,
-    matching_weight,
-)
-from .trainer import Distiller
+from .sigmas import draw_sigmas
+from .step_losses import StepLosses
+from .step_options import StepDistillation
+from .trainer import DistillationTrainer
 
 
-@dataclass(frozen=True)
-class StepDistillation:
-    """Settings; the defaults are Presto-S. tap: block after which the discriminator listens (None: the middle).
+class StepTrainer(DistillationTrainer):
+    """Trainer of a few-step generator: `StepLosses` on diffusion transformers.
 
-    fake_told: whether mu_fake and the discriminator are told s_g. normalize: w of the matching gradient, by noise
-    "level" or by "sample" (see `losses.distribution_matching_gradient`). fake_layers: mu_fake drops the generator's
-    layers too (Presto-LS). sampling_steps: the packed model's default.
-    """
+    Args:
+        data_root: data set folder with encoded latents.
+        run_dir: folder of the checkpoint and the log.
+        teacher: network of mu_real, and start of mu_fake; not modified.
+        options: options of the distillation.
+        device: "auto", "cpu" or "cuda".
+        layers: layer schedule of the generator (Presto-LS); None for all blocks.
+        student: network that the generator starts from (Presto-LS: the layer-distilled model); None for the teacher.
+        budget: name under which the layer schedule is saved.
 
-    minutes: float
-    p_gen: str = "inference"
-    p_dmd: str = "train"
-    p_dsm: str = "train"
-    p_gan: str = "train"
-    dmd_weight: float = 1.0
-    gan_weight: float = 0.1
-    consistency: bool = False
-    guidance: float = 2.0
-    guidance_interval: tuple[float, float] = (0.0, 3.0)
-    fake_updates: int = 5
-    fake_told: bool = True
-    fake_layers: bool = False
-    normalize: str = "level"
-    tap: int | None = None
-    sampling_steps: int = 4
-    generator_rate: float = 5e-5
-    fake_rate: float = 1e-4
-    tokens: int = 1_024
-    frames: tuple[tuple[int, float], ...] = ((128, 0.7), (256, 0.2), (689, 0.1))
-    control_dropout: float = 0.3
-    ema_decay: float = 0.99
-    clip: float = 1.0
-    checkpoint_minutes: float = 3.0
-    compile: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in (self.p_gen, self.p_dmd, self.p_dsm, self.p_gan):
-            check_levels(name)
-        if self.fake_updates < 1:
-            raise InvalidInputError(f"fake_updates must be at least 1, not {self.fake_updates}")
-        if self.normalize not in ("level", "sample"):
-            raise InvalidInputError(f'normalize must be "level" or "sample", not {self.normalize!r}')
-
-
-#: latent frames in a batch on a CUDA GPU
-GPU_TOKENS = 16_384
-
-
-#: the methods and ablations that are compared, as changes of the default
-METHODS: dict[str, dict[str, Any]] = {
-    "presto-s": {},
-    "dmd2": {"p_gen": "ladder:4", "p_dmd": "inference", "p_dsm": "inference", "p_gan": "inference",
-             "fake_told": False, "normalize": "sample"},
-    "no-gan": {"gan_weight": 0.0},
-    "consistency": {"consistency": True, "dmd_weight": 0.0, "gan_weight": 0.0},
-    "gen-train": {"p_gen": "train"},
-    "dmd-inference": {"p_dmd": "inference"},
-    "dsm-inference": {"p_dsm": "inference"},
-    "gan-inference": {"p_gan": "inference"},
-    "fake-untold": {"fake_told": False},
-    "sample-weight": {"normalize": "sample"},
-    "fake-layers": {"fake_layers": True},
-}  # fmt: skip
-
-
-def settings(method: str, minutes: float, **changes: Any) -> StepDistillation:
-    """The settings of a method by name. Raises InvalidInputError, listing what there is, for unknown methods and changes."""
-    if method not in METHODS:
-        raise InvalidInputError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    known = [f.name for f in fields(StepDistillation)]
-    if unknown := sorted(set(changes) - set(known)):
-        raise InvalidInputError(f"unknown settings {', '.join(unknown)}; there are {', '.join(known)}")
-    return replace(StepDistillation(minutes), **{**METHODS[method], **changes})
-
-
-class Networks(Protocol):
-    """What the losses need of the networks: denoisers D(x, sigma, condition) and the discriminator's logits.
-
-    `origin`: the level s_g (B,) at which the generator made what is looked at.
-    """
-
-    def generate(self, x: Tensor, sigma: Tensor, condition: Any) -> Tensor: ...
-    def real(self, x: Tensor, sigma: Tensor, condition: Any) -> Tensor: ...
-    def fake(self, x: Tensor, sigma: Tensor, condition: Any, origin: Tensor) -> Tensor: ...
-    def logits(self, x: Tensor, sigma: Tensor, condition: Any, origin: Tensor) -> Tensor: ...
-
-
-class StepLosses:
-    """The algorithm: the two losses of the two sides, for any networks (the tests run it on toys).
-
-    levels(name, count) draws noise levels (count,); gaussian(like) draws noise; ladder: (sigma_min, sigma_max, rho).
-    """
-
-    def __init__(self, networks: Networks, options: StepDistillation, levels: Callable[[str, int], Tensor],
-                 gaussian: Callable[[Tensor], Tensor], sigma_data: float,
-                 ladder: tuple[float, float, float]) -> None:  # fmt: skip
-        self.networks, self.options, self.levels, self.gaussian = networks, options, levels, gaussian
-        self.sigma_data, self.ladder = sigma_data, ladder
-
-    def examples(self, x: Tensor, condition: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """(x_hat, its noisy input, s_g) from real samples x."""
-        sigma = self.levels(self.options.p_gen, len(x))
-        noisy = corrupt(x, sigma, self.gaussian(x))
-        return self.networks.generate(noisy, sigma, condition), noisy, sigma
-
-    def fake_side(self, x: Tensor, condition: Any) -> dict[str, Tensor]:
-        """Losses of mu_fake and the discriminator."""
-        o, nets = self.options, self.networks
-        with torch.no_grad():
-            x_hat, _, origin = self.examples(x, condition)
-            x_hat = x_hat.float()
-        sigma = self.levels(o.p_dsm, len(x))
-        losses = {
-            "fake_score": denoising_score_matching(
-                x_hat, sigma, self.gaussian(x), lambda y, s: nets.fake(y, s, condition, origin),
-                loss_weight(sigma, self.sigma_data),
-            )
-        }  # fmt: skip
-        if o.gan_weight:
-            level = self.levels(o.p_gan, len(x))
-            real = nets.logits(corrupt(x, level, self.gaussian(x)), level, condition, origin)
-            generated = nets.logits(corrupt(x_hat, level, self.gaussian(x)), level, condition, origin)
-            losses["discriminator"] = o.gan_weight * discriminator_loss(real, generated)
-        return losses
-
-    def generator_side(self, x: Tensor, condition: Any) -> dict[str, Tensor]:
-        """Losses of the generator."""
-        o, nets, losses = self.options, self.networks, {}
-        x_hat, noisy, origin = self.examples(x, condition)
-        if o.consistency:
-            losses["consistency"] = consistency_loss(x_hat, self.consistency_target(noisy, origin, condition))
-        if o.dmd_weight:
-            sigma = self.levels(o.p_dmd, len(x))
-            gradient = distribution_matching_gradient(
-                x_hat.float(), sigma, self.gaussian(x), lambda y, s: nets.fake(y, s, condition, origin),
-                lambda y, s: nets.real(y, s, condition),
-                matching_weight(sigma, self.sigma_data) if o.normalize == "level" else None,
-            )  # fmt: skip
-            losses["matching"] = o.dmd_weight * follow(x_hat, gradient)
-        if o.gan_weight:
-            level = self.levels(o.p_gan, len(x))
-            logits = nets.logits(corrupt(x_hat, level, self.gaussian(x)), level, condition, origin)
-            losses["gan"] = o.gan_weight * generator_loss(logits)
-        return losses
-
-    @torch.no_grad()
-    def consistency_target(self, noisy: Tensor, sigma: Tensor, condition: Any, steps: int = 18) -> Tensor:
-        """The generator's answer one Euler step of the guided teacher's ODE further down the ladder."""
-        sigma_min, sigma_max, rho = self.ladder
-        low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-        position = sigma ** (1 / rho) - (high - low) / steps
-        lower = position.clamp_min(low) ** rho
-        column = (-1,) + (1,) * (noisy.dim() - 1)
-        x0 = self.networks.real(noisy, sigma, condition)
-        moved = x0 + (lower / sigma).view(column) * (noisy - x0)
-        answer = self.networks.generate(moved, lower, condition)
-        return torch.where((position <= low).view(column), x0, answer)
-
-
-class StepTrainer(Distiller):
-    """Runs `StepLosses` on diffusion transformers.
-
-    layers: the generator's layer schedule (Presto-LS), saved under `budget`. student: what the generator starts from,
-    the teacher unless it is given (Presto-LS: the layer-distilled model).
+    Raises:
+        InvalidInputError: student or layer schedule of another model configuration.
     """
 
     options: StepDistillation
 
-    def __init__(self, data_root: str | Path, run_dir: str | Path, teacher: DiT, options: StepDistillation,
-                 device: str = "auto", layers: LayerSchedule | None = None, student: DiT | None = None,
-                 budget: str = "100%") -> None:  # fmt: skip
+    def __init__(
+        self,
+        data_root: str | Path,
+        run_dir: str | Path,
+        teacher: DiT,
+        options: StepDistillation,
+        device: str = "auto",
+        layers: LayerSchedule | None = None,
+        student: DiT | None = None,
+        budget: str = "100%",
+    ) -> None:
         super().__init__(data_root, run_dir, teacher.config, options, device)
         c = self.config
         self.layers, self.budget = layers or LayerSchedule.full(c.blocks), budget
         if (student or teacher).config != c or self.layers.depth != c.blocks:
-            raise InvalidInputError("teacher, student and layer schedule must be of one model configuration")
+            raise InvalidInputError(
+                f"teacher, student and layer schedule must have the teacher's model configuration, {c.blocks} blocks"
+            )
         self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
         self.model = copy.deepcopy(student or teacher).to(self.device).requires_grad_(True)
         self.fake_model = FakeScore(teacher).to(self.device).requires_grad_(True)
-        self.head = Head(c.width).to(self.device)
+        self.head = DiscriminatorHead(c.width).to(self.device)
         self.tap = options.tap if options.tap is not None else max(1, c.blocks // 2)
         self.ema = Ema(self.model, options.ema_decay)
         self.modules = {"model": self.model, "fake": self.fake_model, "head": self.head}
-        betas = (0.0, 0.99)  # no momentum: the two sides chase each other
+        betas = (0.0, 0.99)  # without momentum, as each network's objective follows the others
         self.optimizers = {
             "model": adamw(self.model, options.generator_rate, betas, 0.0),
             "fake": adamw(self.fake_model, options.fake_rate, betas, 0.0),
             "head": adamw(self.head, options.fake_rate, betas, 0.0),
         }
-        self.losses = StepLosses(self, options, self.levels, self.gaussian, c.sigma_data,
-                                 (c.sigma_min, c.sigma_max, c.rho))  # fmt: skip
+        sigma_range = c.sigma_min, c.sigma_max, c.rho
+        self.losses = StepLosses(self, options, self.draw, self.gaussian, c.sigma_data, sigma_range)
         compile_blocks(self.teacher, self.model, self.fake_model, always=options.compile)
 
     def sampling(self) -> dict[str, Any]:
@@ -250,16 +87,19 @@ class StepTrainer(Distiller):
     def schedules(self) -> dict[str, LayerSchedule]:
         return {self.budget: self.layers}
 
-    def levels(self, name: str, count: int) -> Tensor:
-        return draw_levels(name, self.uniforms(count), self.config)
+    def draw(self, name: str, count: int) -> Tensor:
+        """Draw stratified sigmas (count,) of a named distribution."""
+        return draw_sigmas(name, self.uniforms(count), self.config)
 
     def generate(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """G: each clip with the blocks that the layer schedule gives its own level."""
-        return self.scheduled(self.model, x, sigma, condition)
+        """Return G(x; sigma), each clip with the blocks that the layer schedule runs at its sigma."""
+        return self.denoise_scheduled(self.model, x, sigma, condition)
 
     def real(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """mu_real: the teacher, full depth, guided at the levels where its own sampling is; both branches in one
-        batch."""
+        """Return mu_real(x; sigma): the teacher with all blocks, guided at sigmas in `guidance_interval`.
+
+        Conditional and unconditional branch are one batch.
+        """
         o = self.options
         low, high = o.guidance_interval
         scale = torch.where((sigma >= low) & (sigma <= high), o.guidance, 1.0)[:, None, None]
@@ -268,67 +108,95 @@ class StepTrainer(Distiller):
         return d_u + scale * (d_c - d_u)
 
     def fake(self, x: Tensor, sigma: Tensor, condition: Condition, origin: Tensor) -> Tensor:
-        """mu_fake, told s_g."""
+        """Return mu_fake(x; sigma, s_g)."""
         if self.options.fake_layers:
-            return self.scheduled(self.fake_model, x, sigma, condition, self.told(origin))
-        return self.denoise(self.fake_model, x, sigma, condition, None, self.told(origin))
+            return self.denoise_scheduled(self.fake_model, x, sigma, condition, self.origin_input(origin))
+        return self.denoise(self.fake_model, x, sigma, condition, None, self.origin_input(origin))
 
     def logits(self, x: Tensor, sigma: Tensor, condition: Condition, origin: Tensor) -> Tensor:
-        """The discriminator, listening to mu_fake's activations after `tap` blocks."""
+        """Return the discriminator's logits (B, T') from mu_fake's activations after `tap` blocks."""
         _, _, c_in, time = coefficients(sigma, self.config.network, self.config.sigma_data)
         scaled = c_in[:, None, None] * x
-        return self.head(self.fake_model.hidden(scaled, time, condition, self.tap, self.told(origin)))
+        activations = self.fake_model.hidden(scaled, time, condition, self.tap, self.origin_input(origin))
+        logits: Tensor = self.head(activations)
+        return logits
 
-    def told(self, origin: Tensor) -> Tensor:
-        """What mu_fake hears of s_g: ln(s_g) / 4, or always the same."""
-        return origin.log() / 4 if self.options.fake_told else torch.zeros_like(origin)
+    def origin_input(self, origin: Tensor) -> Tensor:
+        """Return the input (B,) of mu_fake that encodes s_g: ln(s_g) / 4, or 0 without `condition_on_origin`."""
+        return origin.log() / 4 if self.options.condition_on_origin else torch.zeros_like(origin)
 
-    def denoise(self, model: DiT, x: Tensor, sigma: Tensor, condition: Condition,
-                blocks: tuple[int, ...] | None = None, budget: float | Tensor | None = None) -> Tensor:  # fmt: skip
-        return precondition(model, x, sigma, condition, blocks, budget,
-                            kind=self.config.network, sigma_data=self.config.sigma_data)  # fmt: skip
+    def denoise(
+        self,
+        model: DiT,
+        x: Tensor,
+        sigma: Tensor,
+        condition: Condition,
+        blocks: tuple[int, ...] | None = None,
+        budget: float | Tensor | None = None,
+    ) -> Tensor:
+        """Return D(x; sigma), (B, T, C), of a network.
 
-    def scheduled(self, model: DiT, x: Tensor, sigma: Tensor, condition: Condition,
-                  told: Tensor | None = None) -> Tensor:  # fmt: skip
-        """D of a batch in which each clip runs the blocks of its own level; told: (B,), None for the schedule's."""
-        rows: dict[tuple[int, ...], list[int]] = {}
+        Args:
+            model: network to run.
+            x: noisy latents, (B, T, C).
+            sigma: noise levels, (B,).
+            condition: conditions of the batch.
+            blocks: blocks to run; None for all.
+            budget: the network's budget input, one for all clips or (B,); None for the share of blocks that run.
+        """
+        c = self.config
+        return precondition(model, x, sigma, condition, blocks, budget, kind=c.network, sigma_data=c.sigma_data)
+
+    def denoise_scheduled(
+        self, model: DiT, x: Tensor, sigma: Tensor, condition: Condition, budget: Tensor | None = None
+    ) -> Tensor:
+        """Return D(x; sigma), (B, T, C), each clip with the blocks that the layer schedule runs at its sigma.
+
+        Args:
+            model: network to run.
+            x: noisy latents, (B, T, C).
+            sigma: noise levels, (B,).
+            condition: conditions of the batch.
+            budget: the network's budget input, (B,); None for that of the schedule.
+        """
+        clips_by_blocks: dict[tuple[int, ...], list[int]] = {}
         for i, s in enumerate(sigma.tolist()):
-            rows.setdefault(self.layers.blocks(s), []).append(i)
-        out = torch.empty_like(x)
-        for blocks, clips in rows.items():
+            clips_by_blocks.setdefault(self.layers.blocks(s), []).append(i)
+        denoised = torch.empty_like(x)
+        for blocks, clips in clips_by_blocks.items():
             index = torch.tensor(clips, device=x.device)
-            budget = self.layers.budget(float(sigma[clips[0]])) if told is None else told[index]
-            part = self.denoise(model, x[index], sigma[index], condition.take(index), blocks, budget)
-            out = out.index_copy(0, index, part)
-        return out
+            budget_input = self.layers.budget(float(sigma[clips[0]])) if budget is None else budget[index]
+            part = self.denoise(model, x[index], sigma[index], condition.take(index), blocks, budget_input)
+            denoised = denoised.index_copy(0, index, part)
+        return denoised
 
     def train_step(self, progress: float) -> dict[str, float]:
-        """`fake_updates` of the fake score and the discriminator, then one of the generator."""
+        """Update fake score and discriminator `fake_updates` times, then the generator once."""
         o, batches = self.options, []
         logged: dict[str, float] = {}
         for _ in range(0 if o.consistency else o.fake_updates):
-            losses, x = self.backward(self.losses.fake_side)
+            losses, x = self.backward(self.losses.fake_losses)
             self.update("fake", o.fake_rate, progress, o.clip)
             if o.gan_weight:
                 self.update("head", o.fake_rate, progress, o.clip)
             logged |= losses
             batches.append(x)
-        losses, x = self.backward(self.losses.generator_side)
+        losses, x = self.backward(self.losses.generator_losses)
         self.update("model", o.generator_rate, progress, o.clip)
-        for other in ("fake", "head"):  # they judged, and collected gradients that are not theirs
-            self.modules[other].zero_grad(set_to_none=True)
+        for name in ("fake", "head"):  # the generator's GAN loss also reached these
+            self.modules[name].zero_grad(set_to_none=True)
         self.count(*batches, x)
         return {"loss": sum(losses.values())} | losses | logged
 
-    def backward(self, side: Callable[[Tensor, Condition], dict[str, Tensor]]) -> tuple[dict[str, float], Tensor]:
-        """Gradients of one side's losses on a fresh batch; returns the losses and the batch."""
+    def backward(self, loss: Callable[[Tensor, Condition], dict[str, Tensor]]) -> tuple[dict[str, float], Tensor]:
+        """Compute the gradients of the sum of some losses on a new batch; return the losses and the batch (B, T, C)."""
         o = self.options
         x, condition = draw_batch(self.train_set, self.rng, o.tokens, o.frames, o.control_dropout)
         with autocast(self.device):
-            losses = side(x, condition)
+            losses = loss(x, condition)
         torch.stack([v.float() for v in losses.values()]).sum().backward()
         return {k: float(v.detach()) for k, v in losses.items()}, x
 
     def validate(self) -> dict[str, float]:
-        """Held-out error: no figure of quality (a generator samples, it does not average), but it shows divergence."""
+        """Return the held-out errors, which show divergence but not quality, as a generator samples."""
         return held_out_error(self.averaged(), self.val_set, layers=self.layers)

@@ -1,57 +1,80 @@
-"""What both distillations share: a trainer that starts from a teacher."""
+"""Base class of the distillation trainers: networks that start from a teacher."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ...diffusion.schedule import LayerSchedule
 from ...errors import InvalidInputError
 from ...models.config import ModelConfig
-from ..training.common import checkpoint_meta
+from ..training.checkpoint import checkpoint_meta, saved_name, saved_options
 from ..training.conditions import LatentSet
-from ..training.loop import Trainer
+from ..training.loop import RunOptions, Trainer
 
-#: settings that may change when a run goes on
-FREE = ("minutes", "checkpoint_minutes")
+#: options that may differ between a run and its resumption
+RESUMABLE_FIELDS = ("minutes", "checkpoint_minutes")
 
 
-class Distiller(Trainer):
-    """A trainer whose networks start from a teacher's.
+class DistillationTrainer(Trainer):
+    """Trainer whose networks start from a teacher.
 
-    `options` is one of the settings dataclasses; `method` only names them in the checkpoint. A subclass fills what
-    `Trainer` asks for, and says in `sampling` and `schedules` how its model is meant to be run.
+    A subclass provides what `Trainer` asks for, and describes how its model is sampled in `sampling` and `schedules`.
+
+    Args:
+        data_root: data set folder with encoded latents.
+        run_dir: folder of the checkpoint and the log.
+        config: model configuration of the teacher.
+        options: options of the distillation.
+        device: "auto", "cpu" or "cuda".
     """
 
-    def __init__(self, data_root: str | Path, run_dir: str | Path, config: ModelConfig, options: Any,
-                 device: str) -> None:  # fmt: skip
-        super().__init__(run_dir, options.minutes, options.seed, device, options.checkpoint_minutes)
+    options: RunOptions
+
+    def __init__(
+        self,
+        data_root: str | Path,
+        run_dir: str | Path,
+        config: ModelConfig,
+        options: RunOptions,
+        device: str,
+    ) -> None:
+        super().__init__(run_dir, options, device)
         self.config, self.options = config, options
         self.train_set = LatentSet(data_root, "train", self.device)
         self.val_set = LatentSet(data_root, "val", self.device)
 
     def sampling(self) -> dict[str, Any]:
-        """Defaults for `presto_rt.pipeline.Defaults`; empty: the teacher's."""
+        """Sampling defaults of the packed model, fields of `presto_rt.pipeline.Defaults`; empty for none."""
         return {}
 
     def schedules(self) -> dict[str, LayerSchedule]:
-        """Layer schedules that the model has learned, by the name of their budget."""
+        """Layer schedules that the model was trained with, by the name of their budget."""
         return {}
 
     def describe(self) -> dict[str, Any]:
         schedules = {name: schedule.to_json() for name, schedule in self.schedules().items()}
-        return {"options": asdict(self.options), "defaults": self.sampling(), "layers": schedules}
+        return {"options": saved_options(self.options), "defaults": self.sampling(), "layers": schedules}
 
     def resume(self) -> None:
-        """Go on from the run folder's checkpoint; raises InvalidInputError where it was made with other settings."""
+        """Load the run folder's checkpoint.
+
+        Raises:
+            InvalidInputError: the run has other options, RESUMABLE_FIELDS apart.
+        """
         saved = checkpoint_meta(self.checkpoint)["options"]
-        now = asdict(self.options)
-        names = [f.name for f in fields(self.options) if f.name not in FREE]
-        other = [n for n in names if saved.get(n) != _as_json(now[n])]
-        if other:
+        current = saved_options(self.options)
+        changed = [
+            option.name
+            for option in fields(self.options)
+            if option.name not in RESUMABLE_FIELDS
+            and saved.get(saved_name(option)) != _as_json(current[saved_name(option)])
+        ]
+        if changed:
             raise InvalidInputError(
-                f"{self.checkpoint} was trained with other {', '.join(other)}; choose another --run"
+                f"{self.checkpoint} was trained with other values of {', '.join(changed)}; pass the same values, or "
+                "choose another --run"
             )
         super().resume()
 

@@ -1,1 +1,1 @@
-"""Trainers of the codec and the base model."""
+"""Trainers of the codec and the base model, and packing of their weights."""

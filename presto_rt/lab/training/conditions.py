@@ -1,4 +1,4 @@
-"""Training examples of the base model: crops of latents with their captions, tempo and length."""
+"""Training examples of the base model: crops of latents with captions, tempo, key and length."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,14 +18,26 @@ from ...conditioning.minilm import load_text_encoder
 from ...errors import InvalidInputError
 from ...models.config import HOP, SAMPLE_RATE
 from ...models.dit import Condition, beat_features
-from ..data.dataset import load_manifest
+from ..data.manifest import Item, load_manifest
 
 FRAME_SECONDS = HOP / SAMPLE_RATE
+ENCODER_BATCH = 64  # captions encoded at once
 
 
 @dataclass
 class Piece:
-    """One piece of a split: rows [start, start + frames) of the latents, and what is known of it."""
+    """One piece of a split: frames [start, start + frames) of the latents, and its annotations.
+
+    Attributes:
+        id: the item's id in the manifest.
+        start: first latent frame.
+        frames: number of latent frames.
+        captions: texts that describe the piece.
+        bpm: tempo in beats per minute, None if unknown.
+        beats_per_bar: beats in a bar.
+        beat_offset: time of the first downbeat, in seconds.
+        key: (pitch class, mode), None if unknown.
+    """
 
     id: str
     start: int
@@ -39,104 +52,133 @@ class Piece:
 class LatentSet:
     """Latents of one split in memory, (frames, C) float16, with the token states of every caption.
 
-    Pieces are drawn in proportion to their length. Raises InvalidInputError when the folder lacks encoded latents, when they
-    are of another data set, and when no piece of the split has a caption.
+    Pieces are drawn with probability proportional to their length. Token states are cached beside the latents.
+
+    Args:
+        data_root: data set folder with encoded latents.
+        split: "train", "val" or "test".
+        device: device of the latents, token states and batches.
+
+    Raises:
+        InvalidInputError: no encoded latents, latents of another data set, or no piece with a caption.
     """
 
     def __init__(self, data_root: str | Path, split: str, device: torch.device | str = "cpu") -> None:
         root = Path(data_root)
-        rows, index = root / "latents" / f"{split}.npy", root / "latents" / f"{split}.json"
-        if not rows.is_file() or not index.is_file():
+        array, index = root / "latents" / f"{split}.npy", root / "latents" / f"{split}.json"
+        if not array.is_file() or not index.is_file():
             raise InvalidInputError(
-                f"no encoded latents at {rows}: run `presto-rt lab train encode` after training the codec"
+                f"no encoded latents at {array}; run `presto-rt train encode` after training the codec"
             )
         self.device = torch.device(device)
-        self.latents = torch.from_numpy(np.load(rows)).to(self.device)
-        known = {item.id: item for item in load_manifest(root).items}
+        self.latents = torch.from_numpy(np.load(array)).to(self.device)
+        items = {item.id: item for item in load_manifest(root).items}
         entries = json.loads(index.read_text())["items"]
         ends = [entry["start"] + entry["frames"] for entry in entries]
-        if any(entry["id"] not in known for entry in entries) or max(ends, default=0) > len(self.latents):
-            raise InvalidInputError(f"{rows} is of another data set than {root}: run `presto-rt lab train encode` again")
-        self.pieces = [self._piece(entry, known[entry["id"]]) for entry in entries]
+        if any(entry["id"] not in items for entry in entries) or max(ends, default=0) > len(self.latents):
+            raise InvalidInputError(f"{array} is of another data set than {root}; run `presto-rt train encode` again")
+        self.pieces = [self._piece(entry, items[entry["id"]]) for entry in entries]
         self.pieces = [p for p in self.pieces if p.captions]
         if not self.pieces:
-            raise InvalidInputError(f"no piece of the split {split!r} in {root} has a caption: build a larger data set")
+            raise InvalidInputError(f"no piece of the split {split!r} in {root} has a caption; build a larger data set")
         self.frames = np.array([p.frames for p in self.pieces])
         self.probability = self.frames / self.frames.sum()
-        self._encode_captions(root / "latents" / f"{split}.captions.safetensors")
+        self.first_caption: npt.NDArray[np.int64] = np.cumsum([0] + [len(p.captions) for p in self.pieces])
+        self.tokens: Tensor  # token states of all captions, (tokens, 384) float16
+        self.offsets: npt.NDArray[np.int64]  # first token of each caption, and the number of tokens at the end
+        self._load_captions(root / "latents" / f"{split}.captions.safetensors")
 
     @staticmethod
-    def _piece(entry: dict[str, Any], item: Any) -> Piece:
-        key = (pitch_class(item.key), item.mode) if item.key else None
-        return Piece(item.id, entry["start"], entry["frames"], list(item.captions), item.bpm, item.beats_per_bar or 4,
-                     item.beat_offset_seconds or 0.0, key)  # fmt: skip
+    def _piece(entry: dict[str, Any], item: Item) -> Piece:
+        key = (pitch_class(item.key), item.mode) if item.key and item.mode else None
+        return Piece(
+            item.id,
+            entry["start"],
+            entry["frames"],
+            list(item.captions),
+            item.bpm,
+            item.beats_per_bar or 4,
+            item.beat_offset_seconds or 0.0,
+            key,
+        )
 
-    def _encode_captions(self, cache: Path) -> None:
-        """Token states of all captions, (tokens, 384) float16, with their offsets; kept beside the latents."""
+    def _load_captions(self, cache: Path) -> None:
+        """Fill `tokens` and `offsets` from the cache, or encode the captions and write the cache."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file, save_file
 
         captions = [c for p in self.pieces for c in p.captions]
-        self.first_caption = np.cumsum([0] + [len(p.captions) for p in self.pieces])
         key = torch.tensor(list(("\n".join(captions)).encode()), dtype=torch.uint8)
         try:
             saved = load_file(cache)
-        except (OSError, SafetensorError):  # not made yet, or not whole
+        except (OSError, SafetensorError):  # missing or truncated
             saved = {}
         if "key" in saved and torch.equal(saved["key"], key):
             self.tokens, self.offsets = saved["tokens"].to(self.device), saved["offsets"].numpy()
             return
-        encoder, states, lengths = load_text_encoder(), [], [0]
+        encoder = load_text_encoder()
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
         encoded: dict[int, Tensor] = {}
-        for i in range(0, len(order), 64):
-            batch = order[i : i + 64]
-            out = encoder.encode([captions[j] for j in batch])
-            encoded |= {j: s[m].half() for j, s, m in zip(batch, out.states, out.mask, strict=True)}
-        for i in range(len(captions)):
-            states.append(encoded[i])
-            lengths.append(lengths[-1] + len(encoded[i]))
-        part = cache.with_name(f"{cache.name}.{os.getpid()}")  # whole or not at all, also beside another trainer
-        save_file({"key": key, "tokens": torch.cat(states), "offsets": torch.tensor(lengths)}, part)
-        part.replace(cache)
-        self.tokens, self.offsets = torch.cat(states).to(self.device), np.array(lengths)
+        for i in range(0, len(order), ENCODER_BATCH):
+            batch = order[i : i + ENCODER_BATCH]
+            output = encoder.encode([captions[j] for j in batch])
+            encoded |= {j: s[m].half() for j, s, m in zip(batch, output.states, output.mask, strict=True)}
+        states = [encoded[i] for i in range(len(captions))]
+        tokens, offsets = torch.cat(states), np.cumsum([0] + [len(s) for s in states])
+        temporary = cache.with_name(f"{cache.name}.{os.getpid()}")  # atomic, also if two trainers write it
+        save_file({"key": key, "tokens": tokens, "offsets": torch.tensor(offsets)}, temporary)
+        temporary.replace(cache)
+        self.tokens, self.offsets = tokens.to(self.device), offsets
 
     def batch(
         self, rng: np.random.Generator, size: int, frames: int, control_dropout: float = 0.3
     ) -> tuple[Tensor, Condition]:
-        """Random crops: latents (size, frames, C) fp32 and their conditions; shorter pieces are left out.
+        """Draw random crops of pieces with at least `frames` latent frames.
 
-        Tempo and key are left out, each by itself, with probability control_dropout.
+        Args:
+            rng: source of the random choices.
+            size: number of crops, B.
+            frames: latent frames of each crop, T.
+            control_dropout: probability with which tempo and key, independently, are omitted from a crop's condition.
+
+        Returns:
+            Latents (B, T, C) float32 and their conditions, on the set's device.
+
+        Raises:
+            InvalidInputError: every piece is shorter than `frames`.
         """
-        fits = self.frames >= frames
-        if not fits.any():
-            raise InvalidInputError(f"no piece has {frames} latent frames ({frames * FRAME_SECONDS:.0f} s)")
-        probability = self.probability * fits
+        long_enough = self.frames >= frames
+        if not long_enough.any():
+            raise InvalidInputError(
+                f"no piece has {frames} latent frames ({frames * FRAME_SECONDS:.0f} s); use shorter crops"
+            )
+        probability = self.probability * long_enough
         chosen = rng.choice(len(self.pieces), size, p=probability / probability.sum())
         starts = rng.integers(0, self.frames[chosen] - frames + 1)
         captions = self.first_caption[chosen] + rng.integers(0, np.diff(self.first_caption)[chosen])
-        told = rng.random((size, 2)) >= control_dropout
+        keep_tempo, keep_key = (rng.random((size, 2)) >= control_dropout).T
         pieces = [self.pieces[i] for i in chosen]
-        rows = torch.from_numpy(np.array([p.start for p in pieces]) + starts).to(self.device)
-        crops = self.latents[rows[:, None] + torch.arange(frames, device=self.device)].float()
+        first = torch.from_numpy(np.array([p.start for p in pieces]) + starts).to(self.device)
+        crops = self.latents[first[:, None] + torch.arange(frames, device=self.device)].float()
         tempo = torch.tensor([[p.bpm or 0.0, p.beats_per_bar, p.beat_offset] for p in pieces], dtype=torch.float64)
-        bpm, bar, offset = tempo[:, :, None].unbind(1)
-        begin = torch.from_numpy(starts * FRAME_SECONDS)[:, None]
-        beats = beat_features(frames, FRAME_SECONDS, bpm, bar, offset, begin)
-        beats = beats * torch.from_numpy(told[:, 0, None, None]) * (bpm > 0)[:, :, None]
-        keys = torch.tensor([key_features(p.key if t else None) for p, t in zip(pieces, told[:, 1], strict=True)])
+        bpm, beats_per_bar, offset = tempo[:, :, None].unbind(1)
+        crop_start = torch.from_numpy(starts * FRAME_SECONDS)[:, None]
+        beats = beat_features(frames, FRAME_SECONDS, bpm, beats_per_bar, offset, crop_start)
+        beats = beats * torch.from_numpy(keep_tempo)[:, None, None] * (bpm > 0)[:, :, None]
+        keys = torch.tensor([key_features(p.key if keep else None) for p, keep in zip(pieces, keep_key, strict=True)])
         text, mask, pooled = self.texts(captions)
         seconds = torch.full((size,), frames * FRAME_SECONDS)
         return crops, Condition(text, mask, pooled, seconds, beats, keys).to(self.device)
 
-    def texts(self, captions: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Token states (B, L, 384) fp32, mask (B, L) and mean (B, 384) of captions by number.
+    def texts(self, captions: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return token states (B, L, 384) float32, their mask (B, L) and their mean (B, 384) for caption indices (B,).
 
-        L is the longest caption's length: of these, or on a GPU of the whole split, so that shapes stay the same.
+        L is the length of the longest caption of the batch; on a GPU it is that of the whole split, so that shapes do
+        not change between steps.
         """
-        begins, lengths = self.offsets[captions], np.diff(self.offsets)[captions]
+        first, lengths = self.offsets[captions], np.diff(self.offsets)[captions]
         longest = int((lengths if self.device.type == "cpu" else np.diff(self.offsets)).max())
-        places = begins[:, None] + np.minimum(np.arange(longest), lengths[:, None] - 1)
+        positions = first[:, None] + np.minimum(np.arange(longest), lengths[:, None] - 1)
         mask = torch.from_numpy(np.arange(longest) < lengths[:, None]).to(self.device)
-        text = self.tokens[torch.from_numpy(places).to(self.device)].float() * mask[..., None]
+        text = self.tokens[torch.from_numpy(positions).to(self.device)].float() * mask[..., None]
         return text, mask, text.sum(1) / mask.sum(1, keepdim=True)

@@ -1,14 +1,13 @@
-"""Encoding a data set once, into files that a trainer can map into memory.
+"""Encoding of a data set into latents that trainers map into memory.
 
-For each split: `<split>.npy`, float16, (total frames, 64), all items one after the other, and `<split>.json`, which
-says where each item lies: {"items": [{"id", "start", "frames"}, ...], "total_frames", "channels", "codec", "done",
-"complete"}. The order is the order of ids, and encoding is deterministic, so a run that was killed goes on after the
-last item recorded and ends at the same bytes.
+Each split has two files. `<split>.npy` holds float16 latents (total frames, 64), all items concatenated in the order of
+their ids. `<split>.json` is its index: {"items": [{"id", "start", "frames"}, ...], "total_frames", "channels", "codec",
+"done", "complete"}. Encoding is deterministic, so that a killed run continues after its last recorded item and ends
+with the same bytes.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -17,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
 from ...errors import InvalidInputError
-from ...models.codec import Codec, load_codec
+from ...models.codec import Codec
 from ...models.spectral import LATENT_HOP
-from ..data.dataset import Item, frames_of, items, load_manifest, read_audio
+from ..data.dataset import frames_of, items, read_audio
+from ..data.manifest import Item, load_manifest
 
 RENDERED = ("solo", "duo", "band")
-SAVE_EVERY = 200  # items that are encoded between two records of how far it is
+SAVE_EVERY = 200  # items encoded between two records of the progress
 
 
 def encode_dataset(
@@ -38,10 +39,24 @@ def encode_dataset(
     kinds: Iterable[str] = RENDERED,
     progress: bool = True,
 ) -> dict[str, int]:
-    """Encode all items of `kinds` and return the number of latent frames for each split.
+    """Encode all items of the given splits and kinds.
 
-    Items that an earlier call encoded with the same codec are taken over: a killed run goes on, and a grown data set
-    costs only its new items. Files of another codec are replaced. Raises InvalidInputError where there are no such items.
+    Items that an earlier call encoded with the same codec are reused, so that a killed run continues and a grown data
+    set costs only its new items. Latents of another codec are replaced.
+
+    Args:
+        data_root: data set folder.
+        codec: encoder of the latents.
+        out_dir: folder of the latents.
+        splits: splits to encode.
+        kinds: kinds of items to encode.
+        progress: show a progress bar.
+
+    Returns:
+        Number of latent frames of each split.
+
+    Raises:
+        InvalidInputError: the data set has no such items, or an item's audio is not as long as its manifest entry.
     """
     manifest = load_manifest(data_root)
     out = Path(out_dir)
@@ -53,12 +68,12 @@ def encode_dataset(
         chosen = sorted(items(manifest, split, kinds), key=lambda item: item.id)
         totals[split] = _encode_split(data_root, codec, out, split, chosen, stamp, progress)
     if not any(totals.values()):
-        raise InvalidInputError(f"{data_root} has no items of kinds {', '.join(kinds)}: build the data set first")
+        raise InvalidInputError(f"{data_root} has no items of kinds {', '.join(kinds)}; run `presto-rt data build`")
     return totals
 
 
 def codec_stamp(codec: Codec) -> str:
-    """SHA-256 over the weights that latents depend on."""
+    """SHA-256 (hex) of the weights that the latents depend on: encoder, feature mean, latent mean and scale."""
     digest = hashlib.sha256()
     for name, value in sorted(codec.state_dict().items()):
         if name.startswith("encoder.") or name in ("feature_mean", "latent_mean", "latent_scale"):
@@ -67,12 +82,15 @@ def codec_stamp(codec: Codec) -> str:
     return digest.hexdigest()
 
 
-def load_latents(folder: str | os.PathLike[str], split: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """The memory-mapped latents (total frames, 64) float16 of a split, and its index. Raises InvalidInputError where they
-    are missing."""
+def load_latents(folder: str | os.PathLike[str], split: str) -> tuple[npt.NDArray[np.float16], dict[str, Any]]:
+    """Return a split's memory-mapped latents (total frames, 64) float16 and its index.
+
+    Raises:
+        InvalidInputError: the files are missing.
+    """
     array, index = Path(folder) / f"{split}.npy", Path(folder) / f"{split}.json"
     if not array.is_file() or not index.is_file():
-        raise InvalidInputError(f"no latents of split {split!r} in {folder}: encode the data set first")
+        raise InvalidInputError(f"no latents of split {split!r} in {folder}; run `presto-rt train encode`")
     return np.load(array, mmap_mode="r"), json.loads(index.read_text(encoding="utf-8"))
 
 
@@ -92,41 +110,42 @@ def _encode_split(
             for item, start, length in zip(chosen, starts[:-1], lengths, strict=True)
         ],
     }
-    known = _known(out, split, stamp)
+    reusable = _encoded_items(out, split, stamp)
     part_index, part_array = out / f"{split}.part.json", out / f"{split}.part.npy"
-    part_index.unlink(missing_ok=True)  # the array that it tells of is emptied
+    part_index.unlink(missing_ok=True)  # it describes the array that the next line empties
     latents = np.lib.format.open_memmap(
         part_array, mode="w+", dtype=np.float16, shape=(total, codec.config.latent_channels)
     )
     bar = tqdm(total=round(sum(i.seconds for i in chosen)), desc=f"latents, {split}", unit="s", disable=not progress)
-    fresh = 0
+    newly_encoded = 0
     for number, item in enumerate(chosen):
-        encoded = known.get(item.id)
+        encoded = reusable.get(item.id)
         if encoded is None or len(encoded) != lengths[number]:
-            if fresh % SAVE_EVERY == 0:
+            if newly_encoded % SAVE_EVERY == 0:
                 latents.flush()
                 _write_json(part_index, {**index, "done": number, "complete": False})
             samples = torch.from_numpy(read_audio(item, root=root))
             encoded = codec.encode(samples)[0].cpu().numpy()
-            fresh += 1
+            newly_encoded += 1
         if len(encoded) != lengths[number]:
             raise InvalidInputError(
-                f"{item.id} is not {item.seconds} s long as the manifest says: rebuild the data set"
+                f"{item.id} has {len(encoded)} latent frames, but its manifest entry of {item.seconds} s has "
+                f"{lengths[number]}; rebuild the data set"
             )
         latents[starts[number] : starts[number + 1]] = encoded
         bar.update(round(item.seconds))
     bar.close()
     latents.flush()
-    index_path.unlink(missing_ok=True)  # never the index of other latents beside these
+    index_path.unlink(missing_ok=True)  # a kill between the replacements must not pair an index with another array
     os.replace(part_array, array_path)
     _write_json(index_path, {**index, "done": len(chosen), "complete": True})
     part_index.unlink(missing_ok=True)
     return total
 
 
-def _known(out: Path, split: str, stamp: str) -> dict[str, np.ndarray]:
-    """Latents by item that earlier runs with the same codec left, whole or in part."""
-    known: dict[str, np.ndarray] = {}
+def _encoded_items(out: Path, split: str, stamp: str) -> dict[str, npt.NDArray[np.float16]]:
+    """Latents by item id of earlier runs with the same codec, complete or interrupted."""
+    encoded: dict[str, npt.NDArray[np.float16]] = {}
     for stem in (split, f"{split}.part"):
         try:
             index = json.loads((out / f"{stem}.json").read_text(encoding="utf-8"))
@@ -136,25 +155,11 @@ def _known(out: Path, split: str, stamp: str) -> dict[str, np.ndarray]:
         if index.get("codec") != stamp or len(array) != index["total_frames"]:
             continue
         for item in index["items"][: index["done"]]:
-            known[item["id"]] = np.array(array[item["start"] : item["start"] + item["frames"]])
-    return known
-
-
-def main() -> None:
-    """Command line: encode a data set's rendered items with a trained codec."""
-    parser = argparse.ArgumentParser(prog="python -m presto_rt.lab.training.latents", description="Encode a data set.")
-    parser.add_argument("--data", default="data")
-    parser.add_argument("--codec", default="runs/codec/final", help="folder with config.json and codec.safetensors")
-    parser.add_argument("--out", default="data/latents")
-    a = parser.parse_args()
-    print(encode_dataset(a.data, load_codec(a.codec), a.out))
+            encoded[item["id"]] = np.array(array[item["start"] : item["start"] + item["frames"]])
+    return encoded
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value), encoding="utf-8")
     os.replace(temporary, path)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""`--set OPTION=VALUE`: any setting of a trainer from the command line."""
+"""The `--set OPTION=VALUE` argument: override any option of a trainer on the command line."""
 
 from __future__ import annotations
 
@@ -11,15 +11,23 @@ from ...errors import InvalidInputError
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Add the option to a command."""
-    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="any other setting, as JSON")
+    """Add `--set`, which may be repeated, to a command's parser."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="OPTION=VALUE", help="set any other option; VALUE is JSON or text"
+    )
 
 
 def read(settings: list[str], known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """{"p_gen": "train"} from ["p_gen=train"]; values are JSON, or else text.
+    """Parse the values of `--set`: ["p_gen=train", "tokens=512"] gives {"p_gen": "train", "tokens": 512}.
 
-    known: the settings that there are, with their defaults. Raises InvalidInputError for another name, or a value of another
-    type than its default's.
+    Values are parsed as JSON, and taken as text if that fails. Lists become tuples.
+
+    Args:
+        settings: strings of the form OPTION=VALUE.
+        known: allowed options with their default values; None allows every name and type.
+
+    Raises:
+        InvalidInputError: malformed string, unknown option, or a value whose type differs from the default's.
     """
     changes: dict[str, Any] = {}
     for setting in settings:
@@ -38,7 +46,7 @@ def read(settings: list[str], known: Mapping[str, Any] | None = None) -> dict[st
 
 def _check(name: str, value: Any, known: Mapping[str, Any]) -> None:
     if name not in known:
-        raise InvalidInputError(f"--set: there is no {name!r}; there are {', '.join(known)}")
+        raise InvalidInputError(f"--set: unknown option {name!r}; choose from: {', '.join(known)}")
     kind = type(known[name])
     if type(value) is not kind and not (kind is float and type(value) is int):
-        raise InvalidInputError(f"--set: {name} must be like {known[name]!r}, not {value!r}")
+        raise InvalidInputError(f"--set: {name} must have the type of its default {known[name]!r}, not {value!r}")

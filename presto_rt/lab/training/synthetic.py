@@ -1,4 +1,4 @@
-"""A small synthetic set of latents, for tests and dry runs: what a trainer reads, without audio."""
+"""Small synthetic data sets of latents, for tests and dry runs of the trainers without audio."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from .conditions import FRAME_SECONDS
 
 
 def write_latents(root: str | Path, pieces: int = 8, frames: int = 200, seed: int = 0) -> Path:
-    """Write a manifest and encoded latents of `pieces` training and a quarter as many validation pieces to `root`.
+    """Write a manifest and encoded latents whose sign depends on the caption.
 
-    The caption decides the latents' sign, which is what a model has to learn from text. Returns `root`.
+    Args:
+        root: folder to write; must not contain latents yet.
+        pieces: number of training pieces; the validation split has a quarter as many, at least 2.
+        frames: latent frames of each piece.
+        seed: seed of the latents' noise.
+
+    Returns:
+        `root` as a path.
     """
     root = Path(root)
     (root / "latents").mkdir(parents=True)
@@ -25,8 +32,24 @@ def write_latents(root: str | Path, pieces: int = 8, frames: int = 200, seed: in
             sign, word = (1, "piano") if i % 2 else (-1, "drums")
             rows.append((0.45 * sign + 0.1 * rng.standard_normal((frames, 64))).astype(np.float16))
             index.append({"id": f"{split}{i}", "start": i * frames, "frames": frames})
-            items.append(Item(f"{split}{i}", "solo", split, "x.flac", frames * FRAME_SECONDS, f"c{split}{i}", "", "",
-                              "", [f"{word} music", f"some {word}"], [word], None, 120.0, 4, 0.0))  # fmt: skip
+            items.append(
+                Item(
+                    id=f"{split}{i}",
+                    kind="solo",
+                    split=split,
+                    path="x.flac",
+                    seconds=frames * FRAME_SECONDS,
+                    composition=f"c{split}{i}",
+                    content="",
+                    source="",
+                    licence="",
+                    captions=[f"{word} music", f"some {word}"],
+                    instruments=[word],
+                    bpm=120.0,
+                    beats_per_bar=4,
+                    beat_offset_seconds=0.0,
+                )
+            )
         np.save(root / "latents" / f"{split}.npy", np.concatenate(rows))
         (root / "latents" / f"{split}.json").write_text(json.dumps({"items": index}))
     Manifest(root, 0, items).save()
