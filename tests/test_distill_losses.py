@@ -1,4 +1,4 @@
-"""Step distillation where the truth is known: 1-D Gaussian mixtures with closed-form denoisers."""
+"""Losses and options of step distillation, on 1-D Gaussian mixtures with closed-form denoisers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from presto_rt.errors import InvalidInputError
 from presto_rt.lab.distill.losses import distribution_matching_gradient
-from presto_rt.lab.distill.steps import settings
+from presto_rt.lab.distill.step_options import settings
 
 WEIGHTS, MEANS, STD = torch.tensor([0.3, 0.7]), torch.tensor([-0.6, 0.4]), 0.1
 
@@ -28,8 +28,8 @@ def mixture_denoiser(weights: Tensor, means: Tensor, std: float) -> Callable[[Te
 REAL = mixture_denoiser(WEIGHTS, MEANS, STD)
 
 
-def test_gradient_points_along_the_kl_gradient() -> None:
-    """G(z) = a + b z makes N(a, b^2): its exact score and KL gradients are known; DMD's must point the same way."""
+def test_distribution_matching_gradient_is_the_kl_gradient() -> None:
+    """G(z) = a + b z has the distribution N(a, b^2), whose score and KL gradients in a and b are known."""
     generator = torch.Generator().manual_seed(0)
     sigma = torch.tensor(0.4, dtype=torch.float64)
     grid = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
@@ -51,17 +51,17 @@ def test_gradient_points_along_the_kl_gradient() -> None:
         noise = torch.randn(400_000, dtype=torch.float64, generator=generator)
         x_hat = a + b * z
         fake = mixture_denoiser(torch.ones(1), torch.tensor([a0], dtype=torch.float64), b0)
-        levels = torch.full_like(z, float(sigma))
-        gradient = distribution_matching_gradient(x_hat.detach(), levels, noise, fake, REAL, levels**-2)
-        ours = torch.stack(torch.autograd.grad((gradient * x_hat).mean(), (a, b)))
-        cosine = torch.cosine_similarity(exact, ours, dim=0)
-        assert cosine > 0.99, (a0, b0, exact, ours)
-        assert torch.allclose(exact, ours, rtol=0.05, atol=0.01)
+        sigmas = torch.full_like(z, float(sigma))
+        gradient = distribution_matching_gradient(x_hat.detach(), sigmas, noise, fake, REAL, sigmas**-2)
+        estimate = torch.stack(torch.autograd.grad((gradient * x_hat).mean(), (a, b)))
+        cosine = torch.cosine_similarity(exact, estimate, dim=0)
+        assert cosine > 0.99, (a0, b0, exact, estimate)
+        assert torch.allclose(exact, estimate, rtol=0.05, atol=0.01)
 
 
-def test_methods() -> None:
+def test_step_settings_names_methods_and_rejects_unknown_values() -> None:
     assert settings("dmd2", 1.0).p_gen == "ladder:4"
     with pytest.raises(InvalidInputError, match="presto-s"):
         settings("magic", 1.0)
     with pytest.raises(InvalidInputError, match="ladder"):
-        settings("presto-s", 1.0, p_gen="sometimes")
+        settings("presto-s", 1.0, p_gen="unknown")

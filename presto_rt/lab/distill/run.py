@@ -125,7 +125,8 @@ def distill_both(
 ) -> dict[str, float]:
     """Train a few-step generator with fewer layers (Presto-LS): layers first, then steps.
 
-    The generator starts from the layer-distilled model. The real score of the step distillation is the teacher with all blocks.
+    The generator starts from the layer-distilled model. The real score of the step distillation is the teacher with all
+    blocks.
 
     Args:
         data: data set folder with encoded latents.
