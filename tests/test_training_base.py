@@ -155,7 +155,7 @@ def test_train_base_resumes_after_a_kill(data_root: Path, tmp_path: Path) -> Non
 
 
 def test_latent_set_without_latents_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="presto-rt train encode"):
+    with pytest.raises(InvalidInputError, match="presto-rt lab train encode"):
         LatentSet(tmp_path, "train")
 
 

@@ -1,4 +1,4 @@
-"""The command `presto-rt distill`: fewer layers, fewer steps, or both, from a teacher."""
+"""The command `presto-rt lab distill`: fewer layers, fewer steps, or both, from a teacher."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
         p.add_argument(
             "--limit", type=float, metavar="MINUTES", help="stop this call earlier, to continue with --resume"
         )
-        p.add_argument("--data", default="data", help="the folder of `presto-rt data build`, with encoded latents")
+        p.add_argument("--data", default="data", help="the folder of `presto-rt lab data build`, with encoded latents")
         p.add_argument("--run", dest="run_dir", default=f"runs/{name}", help="folder of checkpoints and logs")
         p.add_argument("--device", default="auto", help="auto, cpu or cuda")
         p.add_argument("--resume", action="store_true", help="continue from the run folder's checkpoint")

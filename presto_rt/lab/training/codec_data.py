@@ -128,7 +128,7 @@ class FeatureStore:
         usable = {g: [f for f in parts if len(f) >= count] for g, parts in self.groups.items()}
         if not any(usable.values()):
             raise InvalidInputError(
-                f"no {self.split} audio of {latents} latent frames in {self.root}; run `presto-rt data build`"
+                f"no {self.split} audio of {latents} latent frames in {self.root}; run `presto-rt lab data build`"
             )
         lengths = {g: np.cumsum([len(f) for f in parts]) for g, parts in usable.items() if parts}
         crops = []

@@ -68,7 +68,7 @@ class LatentSet:
         array, index = root / "latents" / f"{split}.npy", root / "latents" / f"{split}.json"
         if not array.is_file() or not index.is_file():
             raise InvalidInputError(
-                f"no encoded latents at {array}; run `presto-rt train encode` after training the codec"
+                f"no encoded latents at {array}; run `presto-rt lab train encode` after training the codec"
             )
         self.device = torch.device(device)
         self.latents = torch.from_numpy(np.load(array)).to(self.device)
@@ -76,7 +76,7 @@ class LatentSet:
         entries = json.loads(index.read_text())["items"]
         ends = [entry["start"] + entry["frames"] for entry in entries]
         if any(entry["id"] not in items for entry in entries) or max(ends, default=0) > len(self.latents):
-            raise InvalidInputError(f"{array} is of another data set than {root}; run `presto-rt train encode` again")
+            raise InvalidInputError(f"{array} is of another data set than {root}; run `presto-rt lab train encode` again")
         self.pieces = [self._piece(entry, items[entry["id"]]) for entry in entries]
         self.pieces = [p for p in self.pieces if p.captions]
         if not self.pieces:

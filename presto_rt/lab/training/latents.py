@@ -68,7 +68,7 @@ def encode_dataset(
         chosen = sorted(items(manifest, split, kinds), key=lambda item: item.id)
         totals[split] = _encode_split(data_root, codec, out, split, chosen, stamp, progress)
     if not any(totals.values()):
-        raise InvalidInputError(f"{data_root} has no items of kinds {', '.join(kinds)}; run `presto-rt data build`")
+        raise InvalidInputError(f"{data_root} has no items of kinds {', '.join(kinds)}; run `presto-rt lab data build`")
     return totals
 
 
@@ -90,7 +90,7 @@ def load_latents(folder: str | os.PathLike[str], split: str) -> tuple[npt.NDArra
     """
     array, index = Path(folder) / f"{split}.npy", Path(folder) / f"{split}.json"
     if not array.is_file() or not index.is_file():
-        raise InvalidInputError(f"no latents of split {split!r} in {folder}; run `presto-rt train encode`")
+        raise InvalidInputError(f"no latents of split {split!r} in {folder}; run `presto-rt lab train encode`")
     return np.load(array, mmap_mode="r"), json.loads(index.read_text(encoding="utf-8"))
 
 
