@@ -353,7 +353,7 @@ def test_load_codec_reads_half_precision_and_names_damaged_files(tmp_path: Path)
 
 
 def test_load_codec_reads_shipped_models(tmp_path: Path) -> None:
-    """Data sets can be encoded without the codec's run: `presto-rt train encode --codec nano`."""
+    """Data sets can be encoded without the codec's run: `presto-rt lab train encode --codec nano`."""
     codec = load_codec("nano")
     assert torch.equal(codec.latent_scale, load_folder("nano").parts["codec"]["latent_scale"].float())
     with pytest.raises(InvalidInputError, match="run folder"):

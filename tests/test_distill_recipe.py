@@ -1,4 +1,4 @@
-"""The chain of trainings and the command `presto-rt distill`."""
+"""The chain of trainings and the command `presto-rt lab distill`."""
 
 from __future__ import annotations
 
