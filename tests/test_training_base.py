@@ -126,8 +126,15 @@ def test_base_trainer_checkpoints_keep_the_keys_of_older_versions(data_root: Pat
     trainer.save(0.0)
     meta = checkpoint_meta(trainer.checkpoint)
     assert meta.keys() == {
-        "step", "used_seconds", "frames_seen", "optimizers", "ema_updates", "rng", "config", "options"
-    }  # fmt: skip
+        "step",
+        "used_seconds",
+        "frames_seen",
+        "optimizers",
+        "ema_updates",
+        "rng",
+        "config",
+        "options",
+    }
     assert meta["options"]["slow_weight"] == trainer.options.window_mean_weight
     assert "window_mean_weight" not in meta["options"]
 

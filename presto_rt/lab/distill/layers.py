@@ -19,7 +19,7 @@ Its blocks are a prefix: the shifted drop starts nearer to full depth, but learn
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from ..training.device import autocast, compile_blocks
 from ..training.loop import RunOptions, adamw
 from .losses import weighted_error
 from .sigmas import draw_sigmas
-from .trainer import DistillationTrainer
+from .trainer import DistillationTrainer, with_method
 
 GPU_TOKENS = 65_536  # latent frames in a batch on a CUDA GPU
 GENERATOR_BUDGET = "70%"  # layers that a packed generator runs by default
@@ -101,12 +101,7 @@ def settings(method: str, minutes: float, **changes: Any) -> LayerDistillation:
     Raises:
         InvalidInputError: unknown method or option, or a bad value.
     """
-    if method not in METHODS:
-        raise InvalidInputError(f"unknown method {method!r}; choose from: {', '.join(METHODS)}")
-    known = [f.name for f in fields(LayerDistillation)]
-    if unknown := sorted(set(changes) - set(known)):
-        raise InvalidInputError(f"unknown options {', '.join(unknown)}; choose from: {', '.join(known)}")
-    return replace(LayerDistillation(minutes), **{**METHODS[method], **changes})
+    return with_method(LayerDistillation(minutes), METHODS, method, changes)
 
 
 class LayerTrainer(DistillationTrainer):

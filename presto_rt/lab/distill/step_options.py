@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import InvalidInputError
 from ..training.loop import RunOptions
 from .sigmas import check_distribution
+from .trainer import with_method
 
 GPU_TOKENS = 16_384  # latent frames in a batch on a CUDA GPU
 
@@ -104,9 +105,4 @@ def settings(method: str, minutes: float, **changes: Any) -> StepDistillation:
     Raises:
         InvalidInputError: unknown method or option, or a bad value.
     """
-    if method not in METHODS:
-        raise InvalidInputError(f"unknown method {method!r}; choose from: {', '.join(METHODS)}")
-    known = [f.name for f in fields(StepDistillation)]
-    if unknown := sorted(set(changes) - set(known)):
-        raise InvalidInputError(f"unknown options {', '.join(unknown)}; choose from: {', '.join(known)}")
-    return replace(StepDistillation(minutes), **{**METHODS[method], **changes})
+    return with_method(StepDistillation(minutes), METHODS, method, changes)

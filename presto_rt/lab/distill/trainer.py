@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...diffusion.schedule import LayerSchedule
 from ...errors import InvalidInputError
@@ -16,11 +17,14 @@ from ..training.loop import RunOptions, Trainer
 #: options that may differ between a run and its resumption
 RESUMABLE_FIELDS = ("minutes", "checkpoint_minutes")
 
+Options = TypeVar("Options", bound=RunOptions)
+
 
 class DistillationTrainer(Trainer):
     """Trainer whose networks start from a teacher.
 
-    A subclass provides what `Trainer` asks for, and describes how its model is sampled in `sampling` and `schedules`.
+    A subclass provides the attributes and methods that `Trainer` requires, and describes the sampling of its model in
+    `sampling` and `schedules`.
 
     Args:
         data_root: data set folder with encoded latents.
@@ -77,6 +81,22 @@ class DistillationTrainer(Trainer):
                 "choose another --run"
             )
         super().resume()
+
+
+def with_method(
+    options: Options, methods: Mapping[str, Mapping[str, Any]], method: str, changes: Mapping[str, Any]
+) -> Options:
+    """Return options with the changes of a named method and then `changes`.
+
+    Raises:
+        InvalidInputError: unknown method or option, or a bad value.
+    """
+    if method not in methods:
+        raise InvalidInputError(f"unknown method {method!r}; choose from: {', '.join(methods)}")
+    known = [option.name for option in fields(options)]
+    if unknown := sorted(set(changes) - set(known)):
+        raise InvalidInputError(f"unknown options {', '.join(unknown)}; choose from: {', '.join(known)}")
+    return replace(options, **{**methods[method], **changes})
 
 
 def _as_json(value: Any) -> Any:

@@ -76,7 +76,7 @@ class LatentSet:
         entries = json.loads(index.read_text())["items"]
         ends = [entry["start"] + entry["frames"] for entry in entries]
         if any(entry["id"] not in items for entry in entries) or max(ends, default=0) > len(self.latents):
-            raise InvalidInputError(f"{array} is of another data set than {root}; run `presto-rt lab train encode` again")
+            raise InvalidInputError(f"{array} is of another data set than {root}; repeat `presto-rt lab train encode`")
         self.pieces = [self._piece(entry, items[entry["id"]]) for entry in entries]
         self.pieces = [p for p in self.pieces if p.captions]
         if not self.pieces:

@@ -1,4 +1,4 @@
-"""Loss on the window means of a denoiser's error: weight for what changes slowly over a clip.
+"""Loss on the window means of a denoiser's error, for features that change slowly over a clip.
 
 Key, instruments and loudness are visible in the mean of the latents over seconds. They account for a small part of the
 squared error, in channels of small variance, and are decided at high noise, so the denoising loss gives them small
