@@ -1,5 +1,6 @@
-# Everything starts here: `make demo` writes a clip, `make test` runs the tests. Both make .venv on their first run.
-# PYTHON=python3.12 picks another interpreter (3.11 or newer), ARGS="-k audio" goes to pytest, PROMPT="..." to the demo.
+# Presto-RT's commands. `make demo` writes a clip, `make test` runs the tests, `make check` does what CI does besides.
+# All of them create .venv on their first run. Variables: PYTHON=python3.12 (3.11 or newer) creates .venv with another
+# interpreter, ARGS="-k audio" goes to pytest, PROMPT="..." to the demo.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,39 +17,46 @@ STEP_MINUTES ?= 60
 LAYER_MINUTES ?= 20
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# A change in any of these means installing again, which also rebuilds the C++ operators.
+PIP := -m pip install --quiet --disable-pip-version-check
+INSTALL := $(BIN)/python $(PIP)
+# The C++ operators are rebuilt, by installing again, after a change of any of these.
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
-SANITIZED_TESTS := tests/test_noise.py tests/test_pcm.py tests/test_cpu_ops.py tests/test_cpu_networks.py $(wildcard tests/test_codec*.py)
-TEST_EXTRAS := dev,train,data,eval,triton
+CPP_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+SANITIZED_TESTS := $(wildcard tests/test_noise.py tests/test_overlap.py tests/test_pcm.py tests/test_cpu_*.py tests/test_codec*.py)
+TEST_EXTRAS := dev,lab,triton
+# A wheel is installed into this environment and used from this folder, outside the repository's own.
+CLEAN := $(abspath build/clean)
+MAX_WHEEL_MB := 100
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test model test-sanitize lint format typecheck bench bench-gpu wheel clean
+.PHONY: help demo test check lint format typecheck check-cpp check-wheel model bench bench-gpu wheel clean
 
 help:
-	@echo "make demo       a 32 s clip from a prompt, in demo.wav"
-	@echo "make test       all tests (with what the trainers and judges need)"
-	@echo "make test-sanitize  the C++ operators' tests under address and undefined-behaviour sanitizers"
-	@echo "make lint       ruff and clang-format, changing nothing;  make format: changing files"
-	@echo "make typecheck  mypy over the public modules"
-	@echo "make model      the shipped models again from nothing, in out/ (hours; see docs/training.md)"
-	@echo "make bench      the benchmarks in bench/;  make bench-gpu: end to end and the kernels on a CUDA GPU"
-	@echo "make wheel      a wheel in dist/"
-	@echo "make clean      removes what was built, not .venv"
+	@echo "make demo         write a 32 s clip from a prompt to demo.wav"
+	@echo "make test         run all tests, with the packages that the trainers and judges need"
+	@echo "make check        run lint, typecheck, check-cpp and check-wheel"
+	@echo "make lint         check style and format with ruff and clang-format;  make format: correct them"
+	@echo "make typecheck    run mypy --strict on presto_rt and kernels"
+	@echo "make check-cpp    run the tests of the C++ operators under the address and undefined-behavior sanitizers"
+	@echo "make check-wheel  build a wheel, install it into a clean environment and generate a clip with it"
+	@echo "make model        make the shipped models from nothing, in out/ (hours; see docs/training.md)"
+	@echo "make bench        run the benchmarks in bench/;  make bench-gpu: those of a CUDA GPU"
+	@echo "make wheel        build a wheel in dist/"
+	@echo "make clean        remove everything that was built, except .venv"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch goes first and by itself, so that one that is already there (for a certain GPU, say) stays.
+# torch comes first and alone, so that a torch that is already installed (for a certain GPU, say) is kept.
 $(VENV)/.installed: $(BUILD_FILES) | $(BIN)/python
 	@$(BIN)/python -c "import torch" 2>/dev/null || { echo "installing torch $(TORCH)"; $(INSTALL) torch==$(TORCH); }
 	@echo "installing presto-rt"
 	@$(INSTALL) -e .
 	@touch $@
 
-# Some judges and the synthesizer pin packages that are not used here, so they are installed without what they ask for.
+# Some judges and the synthesizer pin packages that are not used here, so they are installed without dependencies.
 $(VENV)/.installed-tests: $(VENV)/.installed requirements/judges-nodeps.txt
-	@echo "installing what the tests need"
+	@echo "installing the packages of the tests"
 	@$(INSTALL) -e ".[$(TEST_EXTRAS)]"
 	@$(INSTALL) --no-deps -r requirements/judges-nodeps.txt
 	@touch $@
@@ -59,34 +67,56 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-tests
 	$(BIN)/python -m pytest -q $(ARGS)
 
-# The C++ tests against a build with sanitizers, in build/sanitize; needs CMake, Ninja and g++.
-test-sanitize: $(VENV)/.installed-tests
+check: lint typecheck check-cpp check-wheel
+
+lint: $(VENV)/.installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(VENV)/.installed-tests
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+typecheck: $(VENV)/.installed-tests
+	$(BIN)/mypy
+
+# Tests of the C++ operators against a build with sanitizers, in build/sanitize; needs g++.
+check-cpp: export PATH := $(abspath $(BIN)):$(PATH)
+check-cpp: $(VENV)/.installed-tests
 	cmake -S . -B build/sanitize -G Ninja -DPRESTO_RT_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	    -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	cmake --build build/sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    PRESTO_RT_SANITIZED=build/sanitize $(BIN)/python -m pytest -q -p tests.support.sanitized $(SANITIZED_TESTS)
 
-lint: $(VENV)/.installed-tests
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h
+wheel: $(VENV)/.installed
+	rm -rf build/lib build/bdist.* dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+	@ls -l dist
 
-format: $(VENV)/.installed-tests
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h
-
-typecheck: $(VENV)/.installed-tests
-	$(BIN)/mypy
+# The clean environment holds the wheel and its dependencies, and nothing of the repository.
+check-wheel: wheel
+	@bytes=$$(stat -c %s dist/*.whl); test $$bytes -lt $(MAX_WHEEL_MB)000000 \
+	    || { echo "the wheel has $$bytes bytes; the limit is $(MAX_WHEEL_MB) MB"; exit 1; }
+	rm -rf $(CLEAN)
+	$(PYTHON) -m venv $(CLEAN)
+	$(CLEAN)/bin/python $(PIP) torch==$(TORCH)
+	$(CLEAN)/bin/python $(PIP) dist/*.whl
+	cd $(CLEAN) && bin/presto-rt generate "$(PROMPT)" --seconds 2 --seed 7 -o clip.wav && test -s clip.wav
+	cd $(CLEAN) && bin/python -c "import presto_rt; from presto_rt import native; \
+	    assert presto_rt.__file__.startswith('$(CLEAN)'); assert native.lib is not None, native.why"
+	cd $(CLEAN) && ! bin/presto-rt generate "$(PROMPT)" --model nano-base --seconds 1 2>message.txt
+	grep "clone" $(CLEAN)/message.txt
 
 $(VENV)/.installed-training: $(VENV)/.installed
-	@echo "installing what data and training need"
+	@echo "installing the packages of data and training"
 	@$(INSTALL) -e ".[data,train]"
 	@$(INSTALL) --no-deps -r requirements/judges-nodeps.txt
 	@touch $@
 
-# Killed and started again, it goes on where it was.
+# A killed run continues where it stopped when it is started again.
 model: $(VENV)/.installed-training
 	$(BIN)/presto-rt lab data build --hours $(HOURS)
 	$(BIN)/presto-rt lab train codec --minutes $(CODEC_MINUTES) $$(test ! -e runs/codec/last.safetensors || echo --resume)
@@ -98,32 +128,29 @@ model: $(VENV)/.installed-training
 	$(BIN)/presto-rt lab train pack out/nano --base runs/presto-sl
 	$(BIN)/presto-rt lab train pack out/nano-base --codec out/nano --share-codec --defaults '{"steps": 32, "sampler": "dpmpp_2m", "guidance": 2.0, "guidance_interval": [0.0, 3.0]}'
 
-# Each writes bench/results/*.json; the last puts their tables into the README. GPU=--gpu for the kernels on a CUDA device.
+# Each writes bench/results/*.json; bench.readme puts their tables into README.md and docs/. GPU=--gpu times the kernels
+# on a CUDA device.
 bench: $(VENV)/.installed-tests
-	$(BIN)/python bench/native.py
-	$(BIN)/python bench/cpu.py
-	$(BIN)/python bench/clips.py
-	$(BIN)/python bench/operators.py
-	$(BIN)/python bench/fidelity.py
+	$(BIN)/python -m bench.native
+	$(BIN)/python -m bench.cpu
+	$(BIN)/python -m bench.clips
+	$(BIN)/python -m bench.operators
+	$(BIN)/python -m bench.fidelity
 	$(BIN)/python -m bench.kernels $(GPU)
-	$(BIN)/python bench/e2e.py
-	$(BIN)/python bench/readme.py
+	$(BIN)/python -m bench.e2e
+	$(BIN)/python -m bench.readme
 
-# What only a CUDA GPU can tell, in one command of 9 minutes: whether captured graphs are right, the end-to-end ladder, the
-# kernels; without a GPU it is a dry run. More time is E2E_MINUTES=14 (the slowest baseline is last) and KERNEL_MINUTES=7. RUN=python3 takes a Python that has torch, Triton and pytest already, and installs nothing.
+# Everything that needs a CUDA GPU, in one command of 9 minutes: tests of captured graphs, the end-to-end ladder, the
+# kernels. Without a GPU it is a dry run. E2E_MINUTES=14 and KERNEL_MINUTES=7 give more time (the slowest baseline is
+# last). RUN=python3 takes a Python that has torch, Triton and pytest already, and installs nothing.
 RUN ?= $(BIN)/python
 E2E_MINUTES ?= 5
 KERNEL_MINUTES ?= 3.5
 bench-gpu: $(if $(filter $(BIN)/python,$(RUN)),$(VENV)/.installed-tests)
 	-$(RUN) -m pytest -q tests/test_graph_cuda.py
 	-$(RUN) -m bench.e2e_gpu --minutes $(E2E_MINUTES)
-	$(RUN) -m bench.e2e_gpu --readme
+	$(RUN) -m bench.e2e_gpu --document
 	$(RUN) -m bench.kernels --gpu --minutes $(KERNEL_MINUTES)
-
-wheel: $(VENV)/.installed
-	rm -rf build/lib build/bdist.* dist
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
-	@ls -l dist
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

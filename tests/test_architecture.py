@@ -193,6 +193,8 @@ def test_every_module_has_a_caller_finds_orphans_and_undocumented_commands() -> 
     ]
     for caller in callers:
         assert not architecture.orphans([orphan, caller], "")
+    kernels = [Module("kernels", 'OPERATORS = ("wing",)', True), Module("kernels.wing", "")]
+    assert architecture.orphans(kernels, ""), "the table of all operators is no caller"
 
 
 def test_modules_exempt_from_callers_exist_and_have_none() -> None:
