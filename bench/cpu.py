@@ -1,13 +1,15 @@
-"""How fast is a CPU? `python bench/cpu.py [--model nano | --random nano] [--seconds 32] [--repeats 20]`
+"""Compare runtimes on a CPU: `python -m bench.cpu [--model nano | --random nano] [--seconds 32] [--repeats 20]`.
 
-One process, one set of weights, one plan: the denoising trajectory by eager torch in fp32 and bf16, by torch.compile
-with freezing in both, by ONNX Runtime and OpenVINO where they are installed, and by the engine in fp32, bf16 and with
-int8 products, interleaved so that a busy moment meets all of them; with one thread and with all. Then the codec's
-network and the text encoder by eager torch and by the engine, whole clips by eager torch, by torch compiled and by the
-engine, the stages of a whole clip, the machine's own rates and the roofline that follows. Medians; wall clock; nothing
-is left out when ours is slower.
+In one process, with the same weights and the same plan, with one thread and with all:
 
-bench/operators.py times the operators one by one; bench/clips.py whole clips in processes of their own.
+1. the denoising trajectory by eager torch (fp32, bf16), torch.compile with freezing (fp32, bf16), ONNX Runtime and
+   OpenVINO if they are installed, and the CPU backend (fp32, bf16, int8);
+2. the codec's decoder network and the text encoder by eager torch and by the CPU backend;
+3. whole clips by eager torch, compiled torch and the CPU backend;
+4. the stages of a whole clip, the machine's own rates, and the roofline that follows from them.
+
+All ways are interleaved, so that a busy moment of the machine affects each of them. Times are wall clock, medians.
+bench/operators.py times single operators, bench/clips.py whole clips in processes of their own.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from results import save, spread, table
-from runtimes import FIELDS, others
 from torch import Tensor
 
+from bench.results import save, spread, table
+from bench.runtimes import FIELDS, others
 from presto_rt import native
 from presto_rt.conditioning.minilm import load_text_encoder
 from presto_rt.diffusion.trajectory import compile_trajectory
@@ -44,13 +46,14 @@ Row = dict[str, Any]
 
 
 def timed(function: Callable[[], object]) -> float:
+    """Return the seconds that one call takes."""
     begin = time.perf_counter()
     function()
     return time.perf_counter() - begin
 
 
 def interleaved(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    """Each way once to warm up, then by turns."""
+    """Call each way once to warm up, then in turn `repeats` times; return the spread of the seconds of each."""
     for function in ways.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -61,7 +64,7 @@ def interleaved(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str
 
 
 def pipeline(a: argparse.Namespace, threads: int, dtype: str, backend: str) -> Pipeline:
-    """The same weights as eager torch ("torch") or as engine ("cpu") on `threads` threads; dtype fp32, bf16, int8."""
+    """Load the model for a backend, "torch" or "cpu", with a number of threads; dtype is fp32, bf16 or int8."""
     if a.random is None:
         name = dtype if dtype == "int8" else str(DTYPES[dtype]).removeprefix("torch.")
         return load(a.model, device="cpu", dtype=name, backend=backend, threads=threads)
@@ -69,76 +72,87 @@ def pipeline(a: argparse.Namespace, threads: int, dtype: str, backend: str) -> P
     dit = DiT(preset(a.random))
     for p in dit.parameters():
         torch.nn.init.normal_(p, std=0.03)
-    return Pipeline(dit, Codec(), device=torch.device("cpu"), dtype=DTYPES.get(dtype, processor.fastest_float()),
-                    backend=backend, threads=threads, name=f"{a.random} (random)", int8=dtype == "int8")  # fmt: skip
+    return Pipeline(
+        dit,
+        Codec(),
+        device=torch.device("cpu"),
+        dtype=DTYPES.get(dtype, processor.fastest_float()),
+        backend=backend,
+        threads=threads,
+        name=f"{a.random} (random)",
+        int8=dtype == "int8",
+    )
 
 
-def chosen(a: argparse.Namespace) -> dict[str, Any]:
-    """The plan, as `Pipeline.plan` and `generate` take it."""
+def settings(a: argparse.Namespace) -> dict[str, Any]:
+    """Return the sampling settings, as `Pipeline.plan` and `generate` take them."""
     return {"steps": a.steps, "sampler": a.sampler, "guidance": a.guidance, "layers": a.layers}
 
 
-def plain(a: argparse.Namespace, threads: int, dtype: str, compiled: bool = False) -> Pipeline:
-    """torch's own: transformer and decoder in `dtype`, both compiled with freezing or neither."""
+def torch_pipeline(a: argparse.Namespace, threads: int, dtype: str, compiled: bool = False) -> Pipeline:
+    """Load the model in plain torch, transformer and decoder in `dtype`, both of them compiled or neither."""
     model = pipeline(a, threads, dtype, "torch")
     decoder = model.codec.decoder.to(DTYPES[dtype])
     if compiled:
         model.dit.forward = torch.compile(model.dit.forward)
         decoder.forward = torch.compile(decoder.forward)
-    decoder.register_forward_pre_hook(lambda _, given: (given[0].to(DTYPES[dtype]),))
-    decoder.register_forward_hook(lambda _, given, output: output.float())
+    decoder.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(DTYPES[dtype]),))
+    decoder.register_forward_hook(lambda _, inputs, output: output.float())
     return model
 
 
 def every_way(a: argparse.Namespace, threads: int) -> tuple[dict[str, Pipeline], dict[str, str]]:
-    """The same model by each way, and why some are missing."""
-    models = {f"eager {dtype}": plain(a, threads, dtype) for dtype in DTYPES}
+    """Load the same model for each way; return them by name, and for each missing way the reason."""
+    models = {f"eager {dtype}": torch_pipeline(a, threads, dtype) for dtype in DTYPES}
     models |= {f"ours {dtype}": pipeline(a, threads, dtype, "cpu") for dtype in (*DTYPES, "int8")}
     missing: dict[str, str] = {}
     if a.compile:
         import torch._inductor.config as inductor
 
         inductor.freezing = True
-        models |= {f"compiled {dtype}": plain(a, threads, dtype, compiled=True) for dtype in DTYPES}
+        models |= {f"compiled {dtype}": torch_pipeline(a, threads, dtype, compiled=True) for dtype in DTYPES}
     if a.others and a.guidance == 1.0:
         first = models["eager fp32"]
-        frames, heard = first.plan(a.seconds, **chosen(a)).frames, condition(a, first)
-        example = (torch.randn(1, frames, first.config.latent_channels), torch.zeros(1),
-                   *(getattr(heard, name) for name in FIELDS))  # fmt: skip
+        frames, inputs = first.plan(a.seconds, **settings(a)).frames, condition(a, first)
+        example = (
+            torch.randn(1, frames, first.config.latent_channels),
+            torch.zeros(1),
+            *(getattr(inputs, name) for name in FIELDS),
+        )
         for name, network in others(first.dit, example, threads).items():
             if isinstance(network, str):
                 missing[name] = network
             else:
-                models[name] = plain(a, threads, "fp32")
+                models[name] = torch_pipeline(a, threads, "fp32")
                 models[name].dit.forward = network
     return models, missing
 
 
 def condition(a: argparse.Namespace, model: Pipeline) -> Condition:
-    """What the prompt says."""
-    return model._condition(model.plan(a.seconds, **chosen(a)), [PROMPT], [84.0], [None])
+    """Return the network's conditioning for the prompt."""
+    return model._condition(model.plan(a.seconds, **settings(a)), [PROMPT], [84.0], [None])
 
 
 def trajectories(a: argparse.Namespace, models: dict[str, Pipeline]) -> dict[str, Callable[[], Tensor]]:
-    """The denoising of one plan by each way, on equal inputs."""
+    """Return the denoising of one plan by each way, on equal inputs."""
     first = models["eager fp32"]
-    plan, heard = first.plan(a.seconds, **chosen(a)), condition(a, first)
-    return {name: partial(model.denoise, plan, heard, model.dit.null(heard), [1]) for name, model in models.items()}
+    plan, inputs = first.plan(a.seconds, **settings(a)), condition(a, first)
+    return {name: partial(model.denoise, plan, inputs, model.dit.null(inputs), [1]) for name, model in models.items()}
 
 
 def networks(a: argparse.Namespace, threads: int) -> dict[str, dict[str, Callable[[], object]]]:
-    """The codec's decoder and the text encoder, by eager torch in fp32 and bf16 and by the engine."""
+    """Return the codec's decoder and the text encoder, by eager torch in fp32 and bf16 and by the CPU backend."""
     auto = SHORT[processor.chosen()]
     ours, encoder = pipeline(a, threads, auto, "cpu"), load_text_encoder()
     latents = torch.randn(1, ours.plan(a.seconds).frames, ours.config.latent_channels) * 0.5
-    narrow = plain(a, threads, "bf16").codec
+    bf16_codec = torch_pipeline(a, threads, "bf16").codec
     ids = torch.tensor([encoder.tokenizer.encode(PROMPT).ids])
     mask = torch.ones_like(ids, dtype=torch.bool)
     ours._encode([PROMPT])
     return {
         "codec's decoder network": {
             "eager fp32": lambda: ours.codec.decode_features(latents),
-            "eager bf16": lambda: narrow.decode_features(latents),
+            "eager bf16": lambda: bf16_codec.decode_features(latents),
             f"ours {auto}": lambda: ours.decoder(latents),
         },
         "text encoder": {"eager fp32": lambda: encoder(ids, mask), f"ours {auto}": lambda: ours._text(ids, mask)},
@@ -146,8 +160,8 @@ def networks(a: argparse.Namespace, threads: int) -> dict[str, dict[str, Callabl
 
 
 def whole_clips(a: argparse.Namespace, models: dict[str, Pipeline]) -> dict[str, Callable[[], object]]:
-    """From prompt to samples: by torch alone, as if there were no C++ module, and by the engine."""
-    request = {"seconds": a.seconds, "seed": 1, **chosen(a)}
+    """Return prompt to samples by torch without the C++ module, and by the CPU backend."""
+    request = {"seconds": a.seconds, "seed": 1, **settings(a)}
 
     def torch_alone(model: Pipeline) -> object:
         with mock.patch.object(native, "lib", None):
@@ -161,7 +175,7 @@ def whole_clips(a: argparse.Namespace, models: dict[str, Pipeline]) -> dict[str,
 
 
 def rates(threads: int) -> dict[str, float]:
-    """The machine's own: products in G operations a second in each dtype, copying in GB/s of bytes read and written."""
+    """Measure the machine: matrix products in G operations/s for each dtype, copies in GB/s, read and written."""
     out = {}
     rows, inputs, outputs = 689, 1024, 4096
     with thread_limit(threads), torch.inference_mode():
@@ -169,19 +183,18 @@ def rates(threads: int) -> dict[str, float]:
         for name, dtype in DTYPES.items():
             x, product = torch.randn(rows, inputs).to(dtype), pack(torch.randn(outputs, inputs), None, dtype)
             out[f"{name} GFLOP/s"] = work / min(timed(lambda x=x, p=product: p(x)) for _ in range(20))
-        x, narrow = (
+        x, int8_product = (
             torch.randint(1, 256, (rows, inputs)).to(torch.uint8),
             pack_int8(torch.randn(outputs, inputs), None),
         )
-        out["int8 Gop/s"] = work / min(timed(lambda: narrow(x, torch.bfloat16)) for _ in range(20))
+        out["int8 Gop/s"] = work / min(timed(lambda: int8_product(x, torch.bfloat16)) for _ in range(20))
         source, target = torch.ones(64 << 18), torch.empty(64 << 18)
         out["copy GB/s"] = 8 * source.numel() / min(timed(lambda: target.copy_(source)) for _ in range(20)) / 1e9
     return out
 
 
-def whole(a: argparse.Namespace) -> Row:
-    """Trajectories and networks by turns with one thread and with all, stages of a clip, and the floor that the plan's
-    counts give."""
+def measure(a: argparse.Namespace) -> Row:
+    """Return all measurements, and the floor of the transformer by the counts of its plan."""
     scaling, parts, missing = {}, {}, {}
     with torch.inference_mode():
         for threads in sorted({1, a.threads}):
@@ -194,17 +207,17 @@ def whole(a: argparse.Namespace) -> Row:
                 parts[threads] = {n: interleaved(w, a.repeats) for n, w in several.items()}
         auto = SHORT[processor.chosen()]
         ours = pipeline(a, a.threads, auto, "cpu")
-        plan = ours.plan(a.seconds, **chosen(a))
-        heard = condition(a, ours)
+        plan = ours.plan(a.seconds, **settings(a))
+        inputs = condition(a, ours)
         runs = compile_trajectory(
             plan.sampler, plan.levels, plan.guidance, plan.layers, ours.config.network, ours.config.sigma_data
         )
-        ready = ours.engine.plan(runs, heard, ours.dit.null(heard), plan.frames)
-    request = {"seconds": a.seconds, "seed": 1, **chosen(a)}
+        compiled = ours.engine.plan(runs, inputs, ours.dit.null(inputs), plan.frames)
+    request = {"seconds": a.seconds, "seed": 1, **settings(a)}
     clips = [ours.generate(PROMPT, **request).timings for _ in range(a.repeats + 1)][1:]
     size = 2 if ours.dtype == torch.bfloat16 else 4
-    cost, rate = plan_cost(ready, size), rates(a.threads)
-    blocks = block_cost(ours.config, 1, plan.frames, ready.keys.shape[3], size)
+    cost, rate = plan_cost(compiled, size), rates(a.threads)
+    blocks = block_cost(ours.config, 1, plan.frames, compiled.keys.shape[3], size)
     attended = sum(blocks[name].flops for name in ("attention", "cross_attention")) * sum(len(r.blocks) for r in runs)
     products = (
         attended / rate["bf16 GFLOP/s" if size == 2 else "fp32 GFLOP/s"]
@@ -212,18 +225,28 @@ def whole(a: argparse.Namespace) -> Row:
     )
     floor = max(products, cost.bytes / rate["copy GB/s"]) / 1e9
     return {
-        "model": ours.name, "seconds": a.seconds, **chosen(a),
-        "auto": auto, "threads": a.threads, "isa": native.lib.isa(), "evaluations": len(runs), "rates": rate,
-        "transformer": scaling, "missing": missing, "networks": parts,
+        "model": ours.name,
+        "seconds": a.seconds,
+        **settings(a),
+        "auto": auto,
+        "threads": a.threads,
+        "isa": native.lib.isa(),
+        "evaluations": len(runs),
+        "rates": rate,
+        "transformer": scaling,
+        "missing": missing,
+        "networks": parts,
         "stages": {s: spread([c[s] for c in clips]) for s in clips[0]},
-        "flops": cost.flops, "bytes": cost.bytes, "floor_s": floor,
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "floor_s": floor,
         "block": {name: {"flops": c.flops, "bytes": c.bytes} for name, c in blocks.items()},
         "peak_memory_of_all_ways_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }  # fmt: skip
+    }
 
 
 def compare(title: str, auto: str, ways: dict[str, dict[str, float]], missing: dict[str, str] | None = None) -> str:
-    """One table: medians and how many times ours in what this processor is fastest in."""
+    """Return one table: medians, absolute and relative to the CPU backend in this processor's fastest dtype."""
     best = ways[f"ours {auto}"]["median"]
     cells = [[n, f"{1e3 * s['median']:.1f} ms", f"{s['median'] / best:.2f}"] for n, s in ways.items()]
     cells += [[name, f"not measured: {why}", "-"] for name, why in (missing or {}).items()]
@@ -231,7 +254,7 @@ def compare(title: str, auto: str, ways: dict[str, dict[str, float]], missing: d
 
 
 def render(row: Row) -> str:
-    """The tables that docs/cpu.md shows."""
+    """Return the tables of docs/cpu.md."""
     out, auto = [], row.get("auto", "bf16")
     for threads, ways in row["transformer"].items():
         out.append(compare(f"transformer, threads: {threads}", auto, ways, row.get("missing")))
@@ -253,22 +276,26 @@ def render(row: Row) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="nano")
-    parser.add_argument("--random", help="a preset with random weights instead of a model")
+    parser.add_argument("--random", help="a preset, with random weights, in place of a model")
     parser.add_argument("--seconds", type=float, default=32.0)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--sampler", default="few_step")
     parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--layers", default="100%", help="all, so that compilers and exports see one graph")
+    parser.add_argument("--layers", default="100%", help="all by default, so that compilers and exports have one graph")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--others", action=argparse.BooleanOptionalAction, default=True,
-                        help="ONNX Runtime and OpenVINO, without guidance")  # fmt: skip
-    parser.add_argument("--name", default="cpu", help="bench/results/NAME.json; '-' writes none")
+    parser.add_argument(
+        "--others",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ONNX Runtime and OpenVINO; only without guidance",
+    )
+    parser.add_argument("--name", default="cpu", help="bench/results/NAME.json; '-' writes no file")
     a = parser.parse_args()
     if native.lib is None:
-        raise SystemExit(f"there is no CPU engine to measure: {native.why}")
-    row = whole(a)
+        raise SystemExit(f"the CPU backend is not available: {native.why}")
+    row = measure(a)
     print(render(row))
     if a.name != "-":
         print(save(a.name, row))

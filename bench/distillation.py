@@ -1,9 +1,13 @@
-"""The tables of the distillations: `python bench/distillation.py row NAME` trains what a row needs and judges it,
-`latency` times the plans of all measured rows turn about, `python bench/distillation.py` alone writes docs/results.md
-and its plots from bench/results/distillation.json. `plans` tells the shipped model what its plans are worth, which
-`deadline_ms` goes by.
+"""Train, judge and tabulate the distillations: `python -m bench.distillation [JOB]`.
 
-Rows that were not measured say so. `commands` lists every row with its command and fills docs/distillation.md.
+Jobs:
+    row NAME: train the model of a row, if it is not trained yet, and judge it.
+    latency: time the plans of all measured rows, interleaved.
+    plans: write the quality of the shipped model's plans, by which `deadline_ms` chooses, into its config.json.
+    commands: write every row's command into docs/distillation.md.
+    report (the default): write docs/results.md and its plots from bench/results/distillation.json.
+
+A row that was not measured says so.
 """
 
 from __future__ import annotations
@@ -14,9 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from results import RESULTS, replace_section
+from bench.results import RESULTS, ROOT, replace_section
 
-ROOT = Path(__file__).parent.parent
 FILE = RESULTS / "distillation.json"
 BUDGETS = ("50%", "60%", "70%", "80%")
 STEPS = (1, 2, 4, 8)
@@ -27,7 +30,13 @@ TEACHER = "teacher, 40 steps of Heun"
 
 @dataclass(frozen=True)
 class Entry:
-    """A row: its name, the training behind it (a name of `distill.recipe`), and how the model is run."""
+    """A row of a table.
+
+    Attributes:
+        name: title of the row, unique over all tables.
+        training: recipe of `presto_rt.lab.distill.recipe` that trains its model.
+        options: sampling settings of the row.
+    """
 
     name: str
     training: str
@@ -35,11 +44,11 @@ class Entry:
 
 
 def few(label: str, training: str, steps: int = 4, **more: Any) -> Entry:
-    """A few-step model at `steps`."""
+    """Return the entry of a few-step model sampled in `steps` steps."""
     return Entry(f"{label}, {steps} step{'s' * (steps > 1)}", training, {**FEW, "steps": steps, **more})
 
 
-SHIPPED = "nano"  # no training, the model that comes with the package
+SHIPPED = "nano"  # the shipped model, without a training
 REFERENCE = Entry(TEACHER, "base", {"steps": 40, "sampler": "heun", "guidance": 2.0})
 METHODS = (("Presto-S", "presto-s"), ("no GAN", "no-gan"), ("DMD2-style", "dmd2"), ("consistency", "consistency"))
 TABLES: dict[str, tuple[str, list[Entry]]] = {
@@ -57,8 +66,11 @@ TABLES: dict[str, tuple[str, list[Entry]]] = {
         [
             Entry(f"{label}, 50%", training, {"steps": 16, "layers": "50%"})
             for label, training in (
-                ("Presto-L", "presto-l"), ("no shifted drop", "no-shift"), ("no budget input", "no-budget"),
-                ("no self-teacher", "no-self-teacher"), ("ASE", "ase"),
+                ("Presto-L", "presto-l"),
+                ("no shifted drop", "no-shift"),
+                ("no budget input", "no-budget"),
+                ("no self-teacher", "no-self-teacher"),
+                ("ASE", "ase"),
             )
         ],
     ),
@@ -83,30 +95,39 @@ TABLES: dict[str, tuple[str, list[Entry]]] = {
     ),
     "both": (
         "Both",
-        [REFERENCE, few("Presto-S", "presto-s"), few("Presto-S, 42 minutes", "presto-s-long"),
-         few("shipped nano, all layers", SHIPPED, layers="100%"), few("Presto-LS 70%", "presto-ls", layers="70%"),
-         few("Presto-LS 70%", "presto-ls", 1, layers="70%"),
-         few("Presto-S, then layers 70%", "presto-sl", layers="70%"),
-         few("Presto-S, then layers 70%", "presto-sl", 1, layers="70%"),
-         few("Presto-LS 70%, fake score drops layers", "presto-ls-fake-layers", layers="70%")],
+        [
+            REFERENCE,
+            few("Presto-S", "presto-s"),
+            few("Presto-S, 42 minutes", "presto-s-long"),
+            few("shipped nano, all layers", SHIPPED, layers="100%"),
+            few("Presto-LS 70%", "presto-ls", layers="70%"),
+            few("Presto-LS 70%", "presto-ls", 1, layers="70%"),
+            few("Presto-S, then layers 70%", "presto-sl", layers="70%"),
+            few("Presto-S, then layers 70%", "presto-sl", 1, layers="70%"),
+            few("Presto-LS 70%, fake score drops layers", "presto-ls-fake-layers", layers="70%"),
+        ],
     ),
-}  # fmt: skip
+}
 ENTRIES = {entry.name: entry for _, entries in TABLES.values() for entry in entries}
-LINES = {"teacher": [e.name for e in ENTRIES.values() if e.training == "base" and "teacher" in e.name]} | {
-    label: [few(label, training, n).name for n in STEPS] for label, training in METHODS
-} | {"shipped nano": [few("shipped nano, all layers", SHIPPED, n).name for n in STEPS],
-     "Presto-LS": [few("Presto-LS 70%", "presto-ls", n).name for n in (1, 4)]}  # fmt: skip
+LINES = (
+    {"teacher": [e.name for e in ENTRIES.values() if e.training == "base" and "teacher" in e.name]}
+    | {label: [few(label, training, n).name for n in STEPS] for label, training in METHODS}
+    | {
+        "shipped nano": [few("shipped nano, all layers", SHIPPED, n).name for n in STEPS],
+        "Presto-LS": [few("Presto-LS 70%", "presto-ls", n).name for n in (1, 4)],
+    }
+)
 
 
 def measure(name: str, a: argparse.Namespace) -> None:
-    """Train what the row needs (going on where it was), pack it, judge it."""
+    """Train the model of a row, continuing an interrupted training, then pack and judge it."""
     from presto_rt.lab.distill.recipe import run_folder, train
     from presto_rt.lab.evaluation.compare import ComparisonRow
     from presto_rt.lab.training import settings
     from presto_rt.lab.training.pack import pack
 
     if name not in ENTRIES:
-        raise SystemExit(f"no row {name!r}; there are: " + "; ".join(ENTRIES))
+        raise SystemExit(f"unknown row {name!r}; choose from: " + "; ".join(ENTRIES))
     entry = ENTRIES[name]
     if entry.training == SHIPPED:
         return judge(ComparisonRow(name, SHIPPED, entry.options), a)
@@ -117,32 +138,51 @@ def measure(name: str, a: argparse.Namespace) -> None:
     for training in chain:
         own = training == entry.training
         minutes, changes = (a.minutes, settings.read(a.set)) if own else (None, {})
-        if not train(training, a.data, a.runs, teacher=a.teacher, minutes=minutes, device=a.device,
-                     seed=0 if training == "base" else a.seed, **changes):  # fmt: skip
-            raise SystemExit(f"{training} was stopped before its budget ended: the same command goes on")
+        if not train(
+            training,
+            a.data,
+            a.runs,
+            teacher=a.teacher,
+            minutes=minutes,
+            device=a.device,
+            seed=0 if training == "base" else a.seed,
+            **changes,
+        ):
+            raise SystemExit(f"{training} was stopped before its budget ended; run the same command to continue")
     base = entry.training == "base"
     run = Path(a.teacher or run_folder(a.runs, "base")) if base else run_folder(a.runs, entry.training, a.seed)
     packed = Path(a.packed) / run.name
-    few_step = entry.options.get("sampler") == FEW["sampler"]  # a few-step model brings its defaults along
+    few_step = entry.options.get("sampler") == FEW["sampler"]  # a few-step model has defaults of its own
     pack(packed, codec_run=a.codec, base_run=run, defaults={} if few_step else SAMPLING)
     label = name if not a.seed else f"{name} (training seed {a.seed})"
     judge(ComparisonRow(label, str(packed), entry.options), a)
 
 
 def judge(row: Any, a: argparse.Namespace) -> None:
-    """Add a row to the results, and show it."""
+    """Judge a row, add it to the results and print it."""
     from presto_rt.lab.evaluation.compare import compare, markdown
 
-    table = compare([row], a.data, a.out, results=a.results, count=a.count, seconds=a.seconds,
-                    reference_count=a.reference, latency_seconds=a.latency_seconds, repeats=a.repeats,
-                    device=a.device)  # fmt: skip
+    table = compare(
+        [row],
+        a.data,
+        a.out,
+        results=a.results,
+        count=a.count,
+        seconds=a.seconds,
+        reference_count=a.reference,
+        latency_seconds=a.latency_seconds,
+        repeats=a.repeats,
+        device=a.device,
+    )
     print(markdown(table, [row.name]))
 
 
 def time_rows(a: argparse.Namespace) -> None:
-    """Latency of every measured row, all in one run. The time of a plan does not depend on what the weights have
-    learned, so the shipped models (or `--timed`) stand in: the first for the base model's sampler, the second for few
-    steps."""
+    """Time every measured row in one run.
+
+    The time of a plan does not depend on the values of the weights. Two models stand in for all (`--timed`): the first
+    for rows with the base model's sampler, the second for few-step rows.
+    """
     import json
 
     from presto_rt.lab.evaluation.compare import latencies, read, write
@@ -158,15 +198,15 @@ def time_rows(a: argparse.Namespace) -> None:
         rows[name] = json.dumps([is_few, options], sort_keys=True)
         plans[rows[name]] = (models[is_few], options)
     found = dict(zip(plans, latencies(list(plans.values()), a.latency_seconds, a.repeats), strict=True))
-    table = read(a.results)  # rows may have come meanwhile
+    table = read(a.results)  # another process may have added rows
     for name, key in rows.items():
         table["rows"][name]["latency"] = found[key]
         print(f"{name}: {found[key]['total']:.3f} s")
     write(table, a.results)
 
 
-def tell_plans(results: Path, model: Path) -> None:
-    """The measured plans of the shipped model into its config.json, the best first."""
+def write_plans(results: Path, model: Path) -> None:
+    """Write the measured plans of the shipped model into its config.json, best first."""
     import json
 
     from presto_rt.lab.evaluation.compare import read
@@ -187,13 +227,13 @@ def tell_plans(results: Path, model: Path) -> None:
 
 
 def aims(rows: dict[str, Any]) -> dict[str, list[str]]:
-    """Under which table each aim of the project stands, what was reached, and whether that is enough."""
+    """Return, for each table, one line for each aim of the project: the value, and if the aim was reached or missed."""
 
     def kid(name: str, which: str = "value") -> float:
         return float(rows[name]["measures"]["kid"][which])
 
-    def line(what: str, reached: bool) -> str:
-        return f"- {what}: {'reached' if reached else '**missed**'}."
+    def line(statement: str, reached: bool) -> str:
+        return f"- {statement}: {'reached' if reached else '**missed**'}."
 
     teacher, presto_s = TEACHER, few("Presto-S", "presto-s").name
     before, after = few("Presto-S, 42 minutes", "").name, few("Presto-S, then layers 70%", "").name
@@ -201,10 +241,10 @@ def aims(rows: dict[str, Any]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     if all(name in rows for pair in pairs for name in pair):
         ahead = sum(kid(ours, "high") < kid(theirs, "low") for ours, theirs in pairs)
-        what = (
+        statement = (
             f"Presto-L's KID below ASE's, outside the intervals, at three budgets or more: at {ahead} of {len(pairs)}"
         )
-        found["layers"] = [line(what, ahead >= 3)]
+        found["layers"] = [line(statement, ahead >= 3)]
     if teacher in rows and presto_s in rows:
         times, cover = (
             kid(presto_s) / kid(teacher),
@@ -231,12 +271,19 @@ def aims(rows: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def report(results: Path, output: Path) -> None:
-    """docs/results.md with every table, and both plots beside it."""
+    """Write docs/results.md with every table, and the two plots in the same folder."""
     from presto_rt.lab.evaluation.compare import markdown, plot, read
 
     table = read(results)
-    parts = ["# Results", "", "Written by `python bench/distillation.py` from the JSON files in bench/results; each "
-             "row's command is in [distillation.md](distillation.md).", "", note(table), ""]  # fmt: skip
+    parts = [
+        "# Results",
+        "",
+        "Written by `python -m bench.distillation` from the JSON files in bench/results; each "
+        "row's command is in [distillation.md](distillation.md).",
+        "",
+        note(table),
+        "",
+    ]
     judged = aims(table["rows"])
     for key, (title, entries) in TABLES.items():
         parts += [f"## {title}", "", markdown(table, with_seeds(entries, table)), ""]
@@ -250,7 +297,7 @@ def report(results: Path, output: Path) -> None:
 
 
 def with_seeds(entries: Sequence[Entry], table: dict[str, Any]) -> list[str]:
-    """ComparisonRow names, each followed by its other training seeds where they were measured."""
+    """Return row names, each followed by the measured rows of other training seeds."""
     names: list[str] = []
     for entry in entries:
         others = sorted(n for n in table["rows"] if n.startswith(f"{entry.name} (training seed "))
@@ -259,23 +306,25 @@ def with_seeds(entries: Sequence[Entry], table: dict[str, Any]) -> list[str]:
 
 
 def note(table: dict[str, Any]) -> str:
-    """What the figures were measured with."""
+    """Return the conditions of the measurements as one sentence."""
     if not table["rows"]:
         return "Nothing was measured yet."
     s = table["settings"]
     where = {
         (e["gpu"] or f"{e['cpu']}, {e['cores']} cores") for e in (r["environment"] for r in table["rows"].values())
     }
-    return (f"{s['count']} held-out captions, {s['seconds']:g} s each, {s['reference']} reference clips, seed "
-            f"{s['seed']}; 95 % intervals in parentheses. Measured on {'; '.join(sorted(where))}.")  # fmt: skip
+    return (
+        f"{s['count']} held-out captions, {s['seconds']:g} s each, {s['reference']} reference clips, seed "
+        f"{s['seed']}; 95 % intervals in parentheses. Measured on {'; '.join(sorted(where))}."
+    )
 
 
 def commands() -> str:
-    """Every row and its command."""
+    """Return the list of rows with the command of each, as markdown."""
     lines = []
     for title, entries in TABLES.values():
         lines += [f"{title}:", "", "```sh"]
-        lines += [f'python bench/distillation.py row "{entry.name}"' for entry in entries]
+        lines += [f'python -m bench.distillation row "{entry.name}"' for entry in entries]
         lines += ["```", ""]
     return "\n".join(lines).strip()
 
@@ -290,20 +339,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="training seed")
     parser.add_argument("--teacher", help="base model: weights or run folder (default: RUNS/base, trained if missing)")
     settings.add(parser)
-    parser.add_argument("--codec", default="runs/codec", help="codec run, or a model whose codec is taken")
+    parser.add_argument("--codec", default="runs/codec", help="run folder of a codec, or a model that has the codec")
     parser.add_argument("--data", default="data")
     parser.add_argument("--runs", default="runs")
-    parser.add_argument("--packed", default="out/distillation", help="weights folders are written here")
+    parser.add_argument("--packed", default="out/distillation", help="folder of the packed weights")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--reference", type=int, default=400)
     parser.add_argument("--latency-seconds", type=float, default=32.0)
-    parser.add_argument("--repeats", type=int, default=5, help="timed clips of a row; 0: time none, `latency` does")
+    parser.add_argument("--repeats", type=int, default=5, help="timed clips of a row; 0 leaves timing to `latency`")
     parser.add_argument(
         "--timed", nargs=2, default=["nano-base", "nano"], metavar=("BASE", "FEW"), help="models that `latency` times"
     )
-    parser.add_argument("--out", default="runs/distillation", help="clips are kept here")
+    parser.add_argument("--out", default="runs/distillation", help="folder of the generated clips")
     parser.add_argument("--results", type=Path, default=FILE)
     parser.add_argument("--report", type=Path, default=ROOT / "docs" / "results.md")
     a = parser.parse_args(arguments)
@@ -312,7 +361,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif a.job == "latency":
         time_rows(a)
     elif a.job == "plans":
-        tell_plans(a.results, ROOT / "presto_rt" / "weights" / SHIPPED)
+        write_plans(a.results, ROOT / "presto_rt" / "weights" / SHIPPED)
     elif a.job == "commands":
         replace_section(ROOT / "docs" / "distillation.md", "commands", commands())
     else:

@@ -1,12 +1,12 @@
-"""From a prompt to 16-bit sound in host memory on a CUDA GPU: `python -m bench.e2e_gpu [--minutes 5]`
+"""Time prompt to 16-bit samples in host memory on a CUDA GPU: `python -m bench.e2e_gpu [--minutes 5]`.
 
 The ladder: eager torch, torch.compile, torch.compile(mode="max-autotune") with CUDA graphs, ours, and ours with each
-optimisation switched off, all on the same untrained weights (timing does not depend on training). Then lengths,
-batches, steps, layers, precisions, the larger model, and the same model at 80 evaluations with guidance.
+optimization switched off, all on the same untrained weights (timing does not depend on training). Then lengths,
+batches, steps, layers, precisions, the larger model, and the same model with 80 network calls and guidance.
 
-Each group runs in a process of its own with a time limit, and each row is written the moment it is known. Times are
-wall clock from the call to the array; stages are by CUDA events. Without a GPU it is a dry run at a tiny size: every
-step of the program, nothing timed, nothing written.
+Each group runs in a process of its own with a time limit, and each row is written as soon as it is known. Times are
+wall clock from the call to the array; stages are timed by CUDA events. Without a GPU the program is a dry run: it
+executes every step at a tiny size, times nothing and writes nothing.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.results import RESULTS, replace_section, save, table
+from bench.results import ROOT, load, replace_section, save, table
 
-ROOT = Path(__file__).parent.parent
 GROUPS = {"ours": 150, "first": 60, "eager": 60, "compile": 120, "medium": 60, "range": 120, "max-autotune": 240}
 STAGES = ("text", "denoise", "decode")
 # As many words each, so that a baseline compiled for fixed shapes is compiled once.
@@ -36,7 +35,12 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed. way: "ours", "ours without ...", "eager" or how it is compiled; layers: share of the blocks."""
+    """One row: a way to make a clip, a model and sampling settings.
+
+    Attributes:
+        way: "ours", "ours without X" with one optimization switched off, "eager", or a mode of torch.compile.
+        layers: share of the blocks that run.
+    """
 
     way: str
     model: str = "small-random"
@@ -49,18 +53,24 @@ class Case:
     dtype: str = "bfloat16"
 
     def settings(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "steps": self.steps, "sampler": self.sampler, "guidance": self.guidance,
-                "layers": None if self.layers == "100%" else self.layers}  # fmt: skip
+        """Return the sampling settings as `Pipeline.plan` takes them."""
+        return {
+            "seconds": self.seconds,
+            "steps": self.steps,
+            "sampler": self.sampler,
+            "guidance": self.guidance,
+            "layers": None if self.layers == "100%" else self.layers,
+        }
 
 
 def cases(group: str, tiny: bool) -> list[Case]:
-    """The rows of a group. tiny: for a dry run."""
+    """Return the rows of a group, at a tiny size for a dry run."""
     base = Case("ours", "tiny-random", 0.5, steps=2) if tiny else Case("ours")
     if group == "ours":
         from presto_rt.runtime.cuda.ops import OPERATORS
 
-        off = [replace(base, way=f"ours without {what}") for what in ("the graph", *OPERATORS)]
-        paper = replace(base, way="ours, 80 evaluations", sampler="dpmpp_2m", steps=40, guidance=3.0)
+        off = [replace(base, way=f"ours without {part}") for part in ("the graph", *OPERATORS)]
+        paper = replace(base, way="ours, 80 network calls", sampler="dpmpp_2m", steps=40, guidance=3.0)
         return [base, *off, paper, replace(base, dtype="fp8"), replace(base, dtype="float16")]
     if group == "range":
         return [
@@ -75,13 +85,12 @@ def cases(group: str, tiny: bool) -> list[Case]:
     return [replace(base, way=group)]
 
 
-# ---- ways to make a clip, each a function of a seed that returns (int16 array, seconds of each stage)
-
+#: a way to make a clip: maps a seed to an int16 array and the seconds of each stage
 Clip = Callable[[int], tuple[Any, dict[str, float]]]
 
 
 def ours(model: Any, case: Case) -> Clip:
-    """The graph engine, by the way's name with one thing switched off."""
+    """Return clips by the graph backend, with the optimization switched off that the way names."""
     from presto_rt.runtime.cuda.ops import CudaOps
 
     off = case.way.removeprefix("ours without ") if case.way.startswith("ours without ") else ""
@@ -100,10 +109,11 @@ def ours(model: Any, case: Case) -> Clip:
     return clip
 
 
-def plain(model: Any, case: Case) -> Clip:
-    """Torch, eager or compiled, with the same text encoder, decoder and 16-bit conversion, all on the GPU."""
+def baseline(model: Any, case: Case) -> Clip:
+    """Return clips by torch, eager or compiled, with the same text encoder, decoder and conversion on the GPU."""
     import torch
-    from presto_rt.kernels.sampler_step import seeds_tensor
+
+    from presto_rt.kernels.edm_step import seeds_tensor
     from presto_rt.kernels.pcm import pcm
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
@@ -131,7 +141,7 @@ def plain(model: Any, case: Case) -> Clip:
     def clip(seed: int) -> tuple[Any, dict[str, float]]:
         marks: list[Any] = []
 
-        def mark() -> None:  # on a GPU in its own time: the host waits once, for the samples, as it does for ours
+        def mark() -> None:  # events on a GPU: the host waits once, for the samples, as it does for ours
             if cuda:
                 marks.append(torch.cuda.Event(enable_timing=True))
                 marks[-1].record()
@@ -147,8 +157,8 @@ def plain(model: Any, case: Case) -> Clip:
         latents = model.denoise(plan, condition, unconditional, [seed])
         mark()
         samples = model.decode(latents, plan.samples)
-        levelled = samples / (samples.abs().amax((1, 2), keepdim=True) / 0.98).clamp_min(1.0)
-        integers = pcm(levelled.contiguous(), seeds).cpu().numpy()
+        limited = samples / (samples.abs().amax((1, 2), keepdim=True) / 0.98).clamp_min(1.0)
+        integers = pcm(limited.contiguous(), seeds).cpu().numpy()
         mark()
         if cuda:
             marks[-1].synchronize()
@@ -159,19 +169,18 @@ def plain(model: Any, case: Case) -> Clip:
     return clip
 
 
-# ---- measuring
-
-
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p90, p99 and how many."""
+    """Return p50, p90, p99 and the number of values."""
     ordered = sorted(values)
-    at = {name: ordered[min(len(ordered) - 1, int(q * len(ordered)))] for name, q in
-          (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))}  # fmt: skip
+    at = {
+        name: ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+        for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
+    }
     return at | {"n": len(ordered)}
 
 
 def measure(case: Case, clip: Clip, top: Any, runs: int, limit: float) -> dict[str, Any]:
-    """A row: `runs` clips, fewer where they take longer than `limit` seconds together."""
+    """Time `runs` clips, or at least 5 and as many as fit into `limit` seconds; return the row."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -200,7 +209,7 @@ def measure(case: Case, clip: Clip, top: Any, runs: int, limit: float) -> dict[s
 
 
 def floor(case: Case, top: Any) -> float:
-    """Seconds that the transformer's operations and bytes, counted by its plan, take at the machine's own rates."""
+    """Return the seconds that the transformer's operations and bytes take at the machine's own rates."""
     import torch
 
     from presto_rt.cli.describe import plan_of
@@ -215,7 +224,7 @@ def floor(case: Case, top: Any) -> float:
 
 
 def profile(clip: Clip, count: int = 15) -> list[dict[str, Any]]:
-    """Where a clip's time goes on the GPU: the kernels that take longest, in microseconds a clip."""
+    """Return the kernels with the most GPU time, in microseconds a clip."""
     import torch
     from torch.profiler import ProfilerActivity
 
@@ -228,7 +237,7 @@ def profile(clip: Clip, count: int = 15) -> list[dict[str, Any]]:
 
 
 def group(name: str, path: Path, tiny: bool, runs: int, top: Any) -> None:
-    """All rows of a group, in this process; each goes to `path` as a line of JSON."""
+    """Measure all rows of a group in this process; append each to `path` as a line of JSON."""
     begin = time.perf_counter()
     import presto_rt
 
@@ -240,10 +249,10 @@ def group(name: str, path: Path, tiny: bool, runs: int, top: Any) -> None:
             key = (case.model, case.dtype, backend)
             if key not in loaded:
                 loaded.clear()
-                clip = None  # it holds the model before, and an engine holds itself: else its memory would be counted
+                clip = None  # it refers to the previous model, whose memory would be counted
                 gc.collect()
                 loaded[key] = presto_rt.load(case.model, dtype=case.dtype, backend=backend)
-            clip = (plain if backend == "torch" else ours)(loaded[key], case)
+            clip = (baseline if backend == "torch" else ours)(loaded[key], case)
             if name == "first":
                 clip(0)
                 append(path, {"first_clip_s": time.perf_counter() - begin})
@@ -251,33 +260,33 @@ def group(name: str, path: Path, tiny: bool, runs: int, top: Any) -> None:
             append(path, measure(case, clip, top, runs, 0.0 if tiny else 8.0))
             if name in ("ours", "medium") and number == 0 and not tiny:
                 append(path, {"profile": profile(clip), "of": f"{case.way}, {case.model}"})
-        except Exception as error:  # a row that cannot be had costs itself alone
-            said = (str(error).splitlines() or [""])[0]
-            append(path, vars(case) | {"left_out": f"{type(error).__name__}: {said}"[:300]})
+        except Exception as error:  # an error costs its own row alone
+            message = (str(error).splitlines() or [""])[0]
+            append(path, vars(case) | {"left_out": f"{type(error).__name__}: {message}"[:300]})
             if tiny:
                 raise
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """One line of JSON at the end of a file."""
+    """Append one line of JSON to a file."""
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The ladder, or a dry run. 0 where every group ended well."""
+    """Run the ladder, or a dry run; return 0 if every group succeeded."""
     parser = argparse.ArgumentParser(prog="python -m bench.e2e_gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=5.0, help="after which no group starts (5)")
     parser.add_argument("--runs", type=int, default=200, help="clips of each row (200)")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--name", default="e2e-gpu", help="bench/results/NAME.json")
     parser.add_argument("--add", action="store_true", help="keep the rows of the groups that are not measured now")
-    parser.add_argument("--readme", action="store_true", help="only put what was measured into the README")
+    parser.add_argument("--document", action="store_true", help="only write the measured table into docs/gpu.md")
     parser.add_argument("--worker", nargs=2, metavar=("GROUP", "FILE"), help=argparse.SUPPRESS)
     parser.add_argument("--ceiling", type=json.loads, help=argparse.SUPPRESS)
     a = parser.parse_args(arguments)
-    if a.readme:
-        write_readme()
+    if a.document:
+        write_document()
         return 0
     import torch
 
@@ -294,26 +303,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name in a.groups:
             path, limit = Path(folder) / name, min(GROUPS[name], end - time.monotonic())
-            command = [sys.executable, "-m", "bench.e2e_gpu", "--worker", name, str(path), "--runs", str(a.runs),
-                       "--ceiling", json.dumps(vars(top))]  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "bench.e2e_gpu",
+                "--worker",
+                name,
+                str(path),
+                "--runs",
+                str(a.runs),
+                "--ceiling",
+                json.dumps(vars(top)),
+            ]
             left_out[name] = run(command, limit)
             rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
             rows = [row | {"group": name} for row in rows]
             found += rows
             save(a.name, {"rows": found, "left_out": left_out, "ceiling": vars(top)})
             print(f"{name}: {len(rows)} rows {left_out[name]}", flush=True)
-    print(render(json.loads((RESULTS / f"{a.name}.json").read_text())))
-    return 1 if any(said.startswith("exit") for said in left_out.values()) else 0
+    print(render(load(a.name)))
+    return 1 if any(reason.startswith("exit") for reason in left_out.values()) else 0
 
 
 def earlier(name: str) -> list[dict[str, Any]]:
-    """The rows of an earlier run."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text())["rows"]["rows"] if path.is_file() else []
+    """Return the rows of an earlier run."""
+    data = load(name)
+    return [] if data is None else list(data["rows"]["rows"])
 
 
 def run(command: list[str], limit: float) -> str:
-    """Runs a group; what went wrong in a line, or nothing."""
+    """Run a group in a process of its own; return the reason in one line if it failed, else an empty string."""
     if limit < 20:
         return "no time left"
     try:
@@ -324,7 +343,7 @@ def run(command: list[str], limit: float) -> str:
 
 
 def dry_run(groups: Sequence[str]) -> int:
-    """Every group at a tiny size on the CPU, in this process."""
+    """Run every group at a tiny size on the CPU, in this process."""
     from bench.kernels.harness import Ceiling
 
     print("No CUDA GPU here: dry run of the end-to-end ladder, nothing is timed.", flush=True)
@@ -336,46 +355,74 @@ def dry_run(groups: Sequence[str]) -> int:
     return 0
 
 
-def called(row: dict[str, Any]) -> str:
-    """A row's name: its way, and what differs from small in bf16 with all layers."""
-    parts = [row["way"], *([] if row["model"] == "small-random" else [row["model"]]),
-             *([] if row["dtype"] == "bfloat16" else [row["dtype"]]),
-             *([] if row["layers"] == "100%" else [f"{row['layers']} of the layers"]),
-             *([] if row["guidance"] == 1.0 else ["guided"])]  # fmt: skip
+def title(row: dict[str, Any]) -> str:
+    """Return a row's name: its way, and each setting that differs from small in bf16 with all layers."""
+    parts = [
+        row["way"],
+        *([] if row["model"] == "small-random" else [row["model"]]),
+        *([] if row["dtype"] == "bfloat16" else [row["dtype"]]),
+        *([] if row["layers"] == "100%" else [f"{row['layers']} of the layers"]),
+        *([] if row["guidance"] == 1.0 else ["guided"]),
+    ]
     return ", ".join(parts)
 
 
 def render(data: dict[str, Any] | None) -> str:
-    """The README's table; without data, what is to be measured."""
-    header = ["", "clip", "steps", "p50", "p90", "p99", "text / transformer / decode", "real-time factor",
-              "of the floor", "memory"]  # fmt: skip
+    """Return the table of docs/gpu.md; without data, its rows without numbers."""
+    header = [
+        "",
+        "clip",
+        "steps",
+        "p50",
+        "p90",
+        "p99",
+        "text / transformer / decode",
+        "real-time factor",
+        "of the floor",
+        "memory",
+    ]
     if data is None:
-        shown = [c for g in ("eager", "compile", "max-autotune", "ours", "medium") for c in cases(g, False)
-                 if not c.way.startswith("ours without")]  # fmt: skip
-        return table(header, [[called(vars(c)), f"{c.seconds:g} s", str(c.steps), *[NOT_MEASURED] * 7] for c in shown])
+        shown = [
+            c
+            for g in ("eager", "compile", "max-autotune", "ours", "medium")
+            for c in cases(g, False)
+            if not c.way.startswith("ours without")
+        ]
+        return table(header, [[title(vars(c)), f"{c.seconds:g} s", str(c.steps), *[NOT_MEASURED] * 7] for c in shown])
     cells = []
     measured = data["rows"]["rows"]
     for r in (row for row in measured if "total" in row):
         clip = f"{r['seconds']:g} s" if r["clips"] == 1 else f"{r['clips']} x {r['seconds']:g} s"
         times = [f"{1000 * r['total'][p]:.1f} ms" for p in ("p50", "p90", "p99")]
         stages = " / ".join(f"{1000 * r['stages'][s]:.2f}" for s in STAGES if s in r["stages"])
-        cells.append([called(r), clip, str(r["steps"]), *times, stages, f"{r['real_time_factor']:.0f}",
-                      f"{r['of_floor']:.0%}", f"{r['memory_mib']:.0f} MiB"])  # fmt: skip
+        cells.append(
+            [
+                title(r),
+                clip,
+                str(r["steps"]),
+                *times,
+                stages,
+                f"{r['real_time_factor']:.0f}",
+                f"{r['of_floor']:.0%}",
+                f"{r['memory_mib']:.0f} MiB",
+            ]
+        )
     first = next((row["first_clip_s"] for row in measured if "first_clip_s" in row), None)
     note = "" if first is None else f"\n\nFirst clip in a new process: {first:.1f} s."
     return table(header, cells) + note
 
 
-def write_readme() -> None:
-    """What was measured on a GPU, or that nothing was, into the README."""
-    path = RESULTS / "e2e-gpu.json"
-    data = json.loads(path.read_text()) if path.is_file() else None
+def write_document() -> None:
+    """Write the measured table, or that nothing was measured, into docs/gpu.md."""
+    data = load("e2e-gpu")
     note = "On a CUDA GPU: not measured yet; `make bench-gpu` fills this table."
     if data is not None:
-        note = (f"Prompt to 16-bit sound in host memory on {data['machine']['device']}, untrained weights of the "
-                f"preset's shape (`{data['machine']['command']}`). The floor is the transformer's operations and bytes "
-                "at the machine's own rates.")  # fmt: skip
-    replace_section(ROOT / "README.md", "e2e-gpu", f"{note}\n\n{render(data)}")
+        note = (
+            f"Prompt to 16-bit sound in host memory on {data['machine']['device']}, untrained weights of the "
+            f"preset's shape (`{data['machine']['command']}`). The floor is the transformer's operations and bytes "
+            "at the machine's own rates."
+        )
+    replace_section(ROOT / "docs" / "gpu.md", "e2e-gpu", f"{note}\n\n{render(data)}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from results import save, spread, table
 
+from bench.results import save, spread, table
 from presto_rt import native
 from presto_rt.audio.pcm import to_pcm, to_pcm_reference
 from presto_rt.diffusion.noise import normal, normal_torch

@@ -1,7 +1,6 @@
-"""What does each C++ operator save? `python bench/operators.py [--threads 2] [--tokens 690]`
+"""Time each C++ operator against torch: `python -m bench.operators [--threads 2] [--tokens 690]`.
 
-Runs bench/micro through pytest-benchmark: each operator against torch and against copying as many bytes as it must
-move. Medians.
+Runs bench/micro with pytest-benchmark. A second baseline copies as many bytes as the operator must move. Medians.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from results import save, table
+from bench.results import save, table
 
 MICRO = Path(__file__).parent / "micro"
 
 
 def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each operator from pytest-benchmark's report: medians in seconds, GB/s."""
+    """Return one row for each operator of pytest-benchmark's report: medians in seconds, GB/s."""
     found: dict[str, dict[str, Any]] = {}
     for entry in report["benchmarks"]:
         info = entry["extra_info"]
@@ -35,13 +34,17 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def render(listed: list[dict[str, Any]]) -> str:
-    """The table that docs/cpu.md shows."""
+    """Return the operators' table of docs/cpu.md."""
     cells = [
-        [r["operator"], *(f"{1e3 * r['seconds'][way]['median']:.3f} ms" for way in ("ours", "torch", "copy")),
-         f"{r['seconds']['torch']['median'] / r['seconds']['ours']['median']:.1f}", f"{r['gb_per_s']:.1f}",
-         f"{r['of_copy']:.2f}"]
+        [
+            r["operator"],
+            *(f"{1e3 * r['seconds'][way]['median']:.3f} ms" for way in ("ours", "torch", "copy")),
+            f"{r['seconds']['torch']['median'] / r['seconds']['ours']['median']:.1f}",
+            f"{r['gb_per_s']:.1f}",
+            f"{r['of_copy']:.2f}",
+        ]
         for r in listed
-    ]  # fmt: skip
+    ]
     threads = listed[0]["threads"]
     header = [
         f"operator, threads: {threads}",
@@ -58,15 +61,24 @@ def render(listed: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--tokens", type=int, default=690, help="latent frames: 690 are 32 s")
-    parser.add_argument("--name", default="cpu-operators", help="bench/results/NAME.json; '-' writes none")
+    parser.add_argument("--tokens", type=int, default=690, help="latent frames; 690 are 32 s")
+    parser.add_argument("--name", default="cpu-operators", help="bench/results/NAME.json; '-' writes no file")
     a = parser.parse_args()
     environment = {"PRESTO_RT_BENCH_THREADS": str(a.threads), "PRESTO_RT_BENCH_TOKENS": str(a.tokens)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.json"
         limits = ("--benchmark-max-time=0.5", "--benchmark-warmup=on", "--benchmark-warmup-iterations=5")
-        command = [sys.executable, "-m", "pytest", "-q", str(MICRO), f"--benchmark-json={path}", *limits,
-                   "-p", "no:cacheprovider"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            str(MICRO),
+            f"--benchmark-json={path}",
+            *limits,
+            "-p",
+            "no:cacheprovider",
+        ]
         done = subprocess.run(
             command, env=os.environ | environment, cwd=MICRO.parent.parent, capture_output=True, text=True
         )

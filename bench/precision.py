@@ -1,20 +1,19 @@
-"""What does a precision cost in quality? `python -m bench.precision [--model nano] [--seconds 6] [--clips 3]`
+"""Measure the error of bf16, fp16 and fp8: `python -m bench.precision [--model nano] [--seconds 6] [--clips 3]`.
 
-The graph engine's own arithmetic against itself in fp32, same seeds: relative error of the latents, and the distance of
-the sounds' log-spectra. fp8 is emulated exactly where there is no GPU for it: every number is rounded as it would be
-there, and sums are in fp32 on both. Another seed's clip is the yardstick: that is what "different" looks like.
+The graph backend is compared with itself in fp32, with the same seeds: relative error of the latents, and distance
+between the log-spectra of the sounds. Without a GPU, fp8 is emulated exactly: every number is rounded as a GPU rounds
+it, and sums are in fp32 on both. A clip of another seed gives the scale of two different clips.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import presto_rt
-from bench.results import replace_section, save, table
+from bench.results import ROOT, replace_section, save, table
 from presto_rt.runtime.cuda.buffers import Result
 from presto_rt.runtime.cuda.fp8 import Fp8
 from presto_rt.runtime.cuda.graph import GraphEngine
@@ -24,24 +23,24 @@ PROMPTS = ["calm piano, 84 bpm", "techno with synth bass, 128 bpm", "string quar
 WAYS: list[tuple[str, torch.dtype, Fp8 | None]] = [
     ("bf16", torch.bfloat16, None),
     ("fp16", torch.float16, None),
-    ("fp8, all it can", torch.bfloat16, Fp8(threshold=1.0)),
-    ("fp8, as chosen", torch.bfloat16, Fp8()),
+    ("fp8, every product", torch.bfloat16, Fp8(threshold=1.0)),
+    ("fp8, chosen products", torch.bfloat16, Fp8()),
 ]
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Root-mean-square error over the root mean square."""
+    """Return the root-mean-square error over the root mean square."""
     return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
 
 
 def decibels(codec: Any, a: Result, b: Result) -> float:
-    """Mean absolute difference of the log-magnitudes of mid and side in the codec's bands, both above -80 dB."""
+    """Return the mean absolute difference of log-magnitudes (mid and side, the codec's bands) above -80 dB, in dB."""
     with torch.inference_mode():
         whole, device = a.samples.shape[2] // 2048 * 2048, codec.latent_mean.device
         clips = (torch.from_numpy(r.samples[..., :whole].copy()).to(device) for r in (a, b))
         first, second = (codec.frames.features(clip) for clip in clips)
-    heard = torch.maximum(first, second) > -9.2  # nats: 80 dB below full scale
-    return float(8.686 * (first - second).abs()[heard].mean())
+    audible = torch.maximum(first, second) > -9.2  # nats: 80 dB below full scale
+    return float(8.686 * (first - second).abs()[audible].mean())
 
 
 def main() -> None:
@@ -60,8 +59,8 @@ def main() -> None:
         ops = CudaOps(dtype, device, backend="auto" if device == "cuda" else "torch")
         engine = GraphEngine(model.dit, codec, encoder, ops, fp8=fp8)
         texts = [PROMPTS[i % len(PROMPTS)] for i in range(a.clips)]
-        asked = [model.request(plan, [text], [None], [None], [seed + i]) for i, text in enumerate(texts)]
-        return [engine.run(request) for request in asked], engine
+        requests = [model.request(plan, [text], [None], [None], [seed + i]) for i, text in enumerate(texts)]
+        return [engine.run(request) for request in requests], engine
 
     exact, _ = results(torch.float32, None)
     rows: list[dict[str, Any]] = []
@@ -69,8 +68,9 @@ def main() -> None:
     def compare(name: str, got: list[Result], chosen: str = "") -> None:
         errors = [relative(g.latents, e.latents) for g, e in zip(got, exact, strict=True)]
         distances = [decibels(codec, g, e) for g, e in zip(got, exact, strict=True)]
-        rows.append({"way": name, "latents": sum(errors) / a.clips, "decibels": sum(distances) / a.clips,
-                     "fp8": chosen})  # fmt: skip
+        rows.append(
+            {"way": name, "latents": sum(errors) / a.clips, "decibels": sum(distances) / a.clips, "fp8": chosen}
+        )
         print(rows[-1], flush=True)
 
     for name, dtype, fp8 in WAYS:
@@ -79,11 +79,11 @@ def main() -> None:
         compare(name, got, f"{sum(c.fp8 for c in choices)} of {len(choices)} products" if choices else "")
     compare("another seed", results(torch.float32, None, seed=1001)[0])
     save("precision", {"model": a.model, "seconds": a.seconds, "clips": a.clips, "steps": a.steps, "rows": rows})
-    replace_section(Path(__file__).parent.parent / "docs" / "engine.md", "precision", render(rows))
+    replace_section(ROOT / "docs" / "gpu.md", "precision", render(rows))
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    """The table of docs/engine.md."""
+    """Return the table of docs/gpu.md."""
     cells = [[r["way"], r["fp8"] or "-", f"{r['latents']:.4f}", f"{r['decibels']:.2f} dB"] for r in rows]
     return table(["", "in fp8", "error of the latents", "log-spectral distance"], cells)
 

@@ -1,21 +1,19 @@
-"""How good is what the model makes? `python bench/quality.py [--model nano] [--count 200]`
+"""Measure the quality of a model's clips: `python -m bench.quality [--model nano] [--count 200]`.
 
-Adherence to held-out captions, distances from real music with their controls, and the denoising error beside the best
-linear denoiser's, as `presto-rt lab eval` measures them. Needs the data set of `presto-rt lab data build` with its
-latents. Writes bench/results/quality-NAME.json; clips are kept in runs/quality-NAME, so that a stopped run goes on.
+Adherence to held-out captions, distances from real music with controls, and the denoising error with that of the best
+linear denoiser, all as `presto-rt lab eval` measures them. Needs the data set of `presto-rt lab data build` and its
+latents. Writes bench/results/quality-NAME.json; clips are kept in runs/quality-NAME, so a stopped run can continue.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from results import RESULTS, machine, table
-
+from bench.results import machine, table, write
 from presto_rt.lab.evaluation.denoising import model_errors
 from presto_rt.lab.evaluation.report import markdown
 from presto_rt.lab.evaluation.run import evaluate_model
@@ -32,11 +30,11 @@ ROWS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="nano", help="a shipped model, or a folder of one")
+    parser.add_argument("--model", default="nano", help="name of a shipped model, or a weights folder")
     parser.add_argument("--data", default="data")
     parser.add_argument("--count", type=int, default=200, help="held-out captions")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each clip")
-    parser.add_argument("--dtype", default="auto", help="another than auto is part of the file's name")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of each clip")
+    parser.add_argument("--dtype", default="auto", help="if it is not auto, it becomes part of the file's name")
     a = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = load(a.model, dtype=a.dtype)
@@ -44,16 +42,19 @@ def main() -> None:
     plan = model.plan(a.seconds)
     result = evaluate_model(model, a.data, a.count, a.seconds, Path("runs") / f"quality-{name}")
     result["denoising"] = [asdict(row) for row in model_errors(model, a.data)]
-    result["plan"] = {"steps": len(plan.levels) - 1, "sampler": plan.sampler, "guidance": plan.guidance.scale,
-                      "precision": model.precision}  # fmt: skip
+    result["plan"] = {
+        "steps": len(plan.levels) - 1,
+        "sampler": plan.sampler,
+        "guidance": plan.guidance.scale,
+        "precision": model.precision,
+    }
     result["machine"] = machine()
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"quality-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write(f"quality-{name}", result)
     print(markdown(result), denoising(result), sep="\n")
 
 
 def render(result: dict[str, Any]) -> str:
-    """The short table: agreement with the captions and distance from real music, 95 % intervals in parentheses."""
+    """Return the short table: adherence to the captions and distance from real music, with 95 % intervals."""
     sets = {**result["sets"], **{f"{k}, captions shuffled": v["shuffled"] for k, v in result["sets"].items()}}
     rows = []
     for name, title in ROWS.items():
@@ -61,34 +62,54 @@ def render(result: dict[str, Any]) -> str:
         distances = ["as above", "as above"]
         if "prdc" in m:
             distances = [_cell(m["mmd"], 1000, 1), f"{m['prdc']['recall']:.2f}" if m["prdc"] else "-"]
-        rows.append([title, _cell(m["instruments"]["mean"], 1, 2), _cell(m["tempo"], 100, 0),
-                     _cell(m["key"]["exact"], 100, 0), *distances])  # fmt: skip
+        rows.append(
+            [
+                title,
+                _cell(m["instruments"]["mean"], 1, 2),
+                _cell(m["tempo"], 100, 0),
+                _cell(m["key"]["exact"], 100, 0),
+                *distances,
+            ]
+        )
     header = ["", "instruments, AUC", "tempo, %", "key, %", "MMD x1000", "recall"]
     plan, count = result["plan"], result["sets"]["generated"]["clips"]
-    note = (f"{count} held-out captions, clips of {result['settings']['seconds']:g} s, {plan['steps']} steps of "
-            f"{plan['sampler']}, guidance {plan['guidance']:g}, {plan.get('precision', 'bfloat16')}; 95 % intervals in "
-            f"parentheses.")  # fmt: skip
+    note = (
+        f"{count} held-out captions, clips of {result['settings']['seconds']:g} s, {plan['steps']} steps of "
+        f"{plan['sampler']}, guidance {plan['guidance']:g}, {plan.get('precision', 'bfloat16')}; 95 % intervals in "
+        f"parentheses."
+    )
     return f"{note}\n\n{table(header, rows)}"
 
 
 def by_precision(results: list[dict[str, Any]]) -> str:
-    """What the clips of the same captions and seeds score, a row for each precision that they were made in."""
+    """Return a table of the scores for the same captions and seeds, one row for each precision of the model."""
     rows = []
     for result in results:
         m = result["sets"]["generated"]
-        rows.append([result["plan"].get("precision", "bfloat16"), _cell(m["kid"], 1000, 1), _cell(m["mmd"], 1000, 1),
-                     _cell(m["instruments"]["mean"], 1, 2), _cell(m["tempo"], 100, 0), _cell(m["key"]["exact"], 100, 0),
-                     f"{m['prdc']['recall']:.2f}", f"{m['prdc']['coverage']:.2f}"])  # fmt: skip
+        rows.append(
+            [
+                result["plan"].get("precision", "bfloat16"),
+                _cell(m["kid"], 1000, 1),
+                _cell(m["mmd"], 1000, 1),
+                _cell(m["instruments"]["mean"], 1, 2),
+                _cell(m["tempo"], 100, 0),
+                _cell(m["key"]["exact"], 100, 0),
+                f"{m['prdc']['recall']:.2f}",
+                f"{m['prdc']['coverage']:.2f}",
+            ]
+        )
     header = ["", "KID x1000", "MMD x1000", "instruments, AUC", "tempo, %", "key, %", "recall", "coverage"]
     return table(header, rows)
 
 
 def denoising(result: dict[str, Any]) -> str:
-    """Denoising error / sigma_data^2 on the test split by sigma / sigma_data, beside the best linear denoiser's."""
+    """Return a table of denoising error / sigma_data^2 on the test split, of the best linear denoiser and the model."""
     rows = result["denoising"]
     header = ["sigma / sigma_data", *(f"{r['sigma']:g}" for r in rows)]
-    lines = [[title, *(f"{r[key]['value']:.3g}" for r in rows)]
-             for title, key in (("best linear (Wiener)", "linear"), ("model", "model"))]  # fmt: skip
+    lines = [
+        [title, *(f"{r[key]['value']:.3g}" for r in rows)]
+        for title, key in (("best linear (Wiener)", "linear"), ("model", "model"))
+    ]
     return table(header, lines)
 
 

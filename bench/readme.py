@@ -1,92 +1,122 @@
-"""Write the measured tables of the README and the model card from bench/results: `python bench/readme.py`.
+"""Write the measured tables of README.md, docs/ and the model cards from bench/results: `python -m bench.readme`.
 
-Draws docs/demo.png too, where `make demo` has left a demo.wav.
+A table is written between the markers <!-- name --> and <!-- /name --> of its document. A number in a document comes
+from a JSON file that names machine, versions and command; nothing is typed by hand.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
-import clips
-import cpu
-import e2e
-import fidelity
-import operators
-import quality
-from results import RESULTS, replace_section
-
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))
-
-from bench.e2e_gpu import write_readme as write_gpu_table  # noqa: E402
+from bench import clips, cpu, e2e, e2e_gpu, fidelity, operators, precision, quality
+from bench.results import ROOT, load, replace_section, table
 
 README = ROOT / "README.md"
-CPU = ROOT / "docs" / "cpu.md"
+DOCS = ROOT / "docs"
 WEIGHTS = ROOT / "presto_rt" / "weights"
+#: rows of the README's table: key in bench/results/cpu.json and what it stands for
+WAYS = {
+    "eager fp32": "PyTorch, eager, fp32",
+    "compiled fp32": "PyTorch, `torch.compile` with freezing, fp32",
+    "ours fp32": "Presto-RT, fp32",
+    "ours bf16": "Presto-RT, bf16",
+    "ours int8": "Presto-RT, int8",
+}
 
 
 def main() -> None:
-    write_gpu_table()
-    if (data := _read("e2e-cpu")) is not None:
-        rows = data["rows"]
-        note = (f"Medians of {rows[0]['stages']['total']['n']} on {data['machine']['device']} ({rows[0]['dtype']}, "
-                f"{rows[0]['steps']} steps of {rows[0]['sampler']}, guidance {rows[0]['guidance']:g}).")  # fmt: skip
-        replace_section(README, "e2e", f"{note}\n\n{e2e.render(rows)}")
-    if (data := _read("cpu")) is not None:
+    """Write every table whose measurements are in bench/results."""
+    write_speed()
+    write_cpu()
+    write_quality()
+    e2e_gpu.write_document()
+    if (data := load("precision")) is not None:
+        replace_section(DOCS / "gpu.md", "precision", precision.render(data["rows"]["rows"]))
+    if (report := load("codec")) is not None:
+        replace_section(DOCS / "codec.md", "codec", codec_table(report))
+
+
+def write_speed() -> None:
+    """Write the README's table of a whole clip, and the stages of three lengths into docs/cpu.md."""
+    if (data := load("cpu")) is not None:
+        replace_section(README, "speed", speed(data))
+    if (data := load("e2e-cpu")) is not None:
+        first = data["rows"][0]
+        note = (
+            f"Medians of {first['stages']['total']['n']} on {data['machine']['device']} ({first['dtype']}, "
+            f"{first['steps']} steps of {first['sampler']}, guidance {first['guidance']:g}; "
+            f"`{data['machine']['command']}`)."
+        )
+        replace_section(DOCS / "cpu.md", "e2e", f"{note}\n\n{e2e.render(data['rows'])}")
+
+
+def speed(data: dict[str, Any]) -> str:
+    """Return the README's table: one clip by each way, its condition as the caption."""
+    rows, machine = data["rows"], data["machine"]
+    ways = rows["networks"][str(rows["threads"])]["whole clip"]
+    slowest = ways["eager fp32"]["median"]
+    cells = [
+        [
+            title,
+            f"{ways[way]['median']:.2f} s",
+            f"{rows['seconds'] / ways[way]['median']:.0f} x",
+            f"{slowest / ways[way]['median']:.1f} x",
+        ]
+        for way, title in WAYS.items()
+        if way in ways
+    ]
+    note = (
+        f"Prompt to samples, {rows['seconds']:g} s of stereo, {rows['model']}, {rows['evaluations']} steps, "
+        f"{rows['layers']} of the layers, {machine['device']}; medians of {ways['eager fp32']['n']} "
+        f"(`{machine['command']}`)."
+    )
+    return f"{note}\n\n{table(['', 'time', 'real time', 'eager'], cells)}"
+
+
+def write_cpu() -> None:
+    """Write the tables of docs/cpu.md: ways, clips, operators, fidelity and quality by precision."""
+    document = DOCS / "cpu.md"
+    if (data := load("cpu")) is not None:
         row, machine = data["rows"], data["machine"]
-        note = (f"{row['seconds']:g} s of stereo, {row['model']}, {row['evaluations']} evaluations, guidance "
-                f"{row['guidance']:g}, layers {row.get('layers', '100%')}, on "
-                f"{machine['device']} (`{machine['command']}`).")  # fmt: skip
-        replace_section(CPU, "cpu", f"{note}\n\n{cpu.render(row).strip()}")
-    if (data := _read("cpu-default")) is not None:
+        note = (
+            f"{row['seconds']:g} s of stereo, {row['model']}, {row['evaluations']} network calls, guidance "
+            f"{row['guidance']:g}, layers {row['layers']}, on {machine['device']} (`{machine['command']}`)."
+        )
+        replace_section(document, "cpu", f"{note}\n\n{cpu.render(row).strip()}")
+    if (data := load("cpu-default")) is not None:
         row = data["rows"]
         ways = row["networks"][str(row["threads"])]["whole clip"]
         note = f"The same with the shipped model's own layers, {row['layers']} (`{data['machine']['command']}`)."
-        replace_section(CPU, "cpu-default", f"{note}\n\n{cpu.compare('whole clip', row['auto'], ways)}")
-    for name, render in (
-        ("cpu-clips", clips.render),
-        ("cpu-operators", operators.render),
-        ("fidelity", fidelity.render),
-    ):
-        if (data := _read(name)) is not None:
+        replace_section(document, "cpu-default", f"{note}\n\n{cpu.compare('whole clip', row['auto'], ways)}")
+    renderers = {"cpu-clips": clips.render, "cpu-operators": operators.render, "fidelity": fidelity.render}
+    for name, render in renderers.items():
+        if (data := load(name)) is not None:
             note = f"On {data['machine']['device']} (`{data['machine']['command']}`)."
-            replace_section(CPU, name, f"{note}\n\n{render(data['rows']).strip()}")
-    both = [data for name in ("quality-nano-bfloat16", "quality-nano") if (data := _read(name)) is not None]
-    if len(both) == 2:
-        count = both[0]["sets"]["generated"]["clips"]
-        replace_section(CPU, "precision", f"{count} held-out captions, 95 % intervals:\n\n{quality.by_precision(both)}")
+            replace_section(document, name, f"{note}\n\n{render(data['rows']).strip()}")
+    judged = [data for name in ("quality-nano-bfloat16", "quality-nano") if (data := load(name)) is not None]
+    if len(judged) == 2:
+        count = judged[0]["sets"]["generated"]["clips"]
+        note = f"{count} held-out captions, 95 % intervals:"
+        replace_section(document, "precision", f"{note}\n\n{quality.by_precision(judged)}")
+
+
+def write_quality() -> None:
+    """Write quality and denoising error into the model cards, quality into docs/evaluation.md too."""
     for name in ("nano", "nano-base"):
-        if (data := _read(f"quality-{name}")) is not None:
-            card = WEIGHTS / name / "README.md"
-            replace_section(card, "quality", quality.render(data))
-            replace_section(card, "denoising", quality.denoising(data))
-            if name == "nano":
-                replace_section(README, "quality", quality.render(data))
-    if (data := _read("codec")) is not None:
-        replace_section(README, "codec", codec_table(data))
-        replace_section(ROOT / "docs" / "codec.md", "codec", codec_table(data))
-
-    if (demo := ROOT / "demo.wav").is_file():
-        import soundfile
-
-        from presto_rt.lab.evaluation.codec import picture
-
-        picture(ROOT / "docs" / "demo.png", {"demo.wav": soundfile.read(demo, dtype="float32")[0].T})
+        if (data := load(f"quality-{name}")) is None:
+            continue
+        card = WEIGHTS / name / "README.md"
+        replace_section(card, "quality", quality.render(data))
+        replace_section(card, "denoising", quality.denoising(data))
+        if name == "nano":
+            replace_section(DOCS / "evaluation.md", "quality", quality.render(data))
 
 
 def codec_table(report: dict[str, Any]) -> str:
-    """The codec's rows beside Opus, as `presto_rt.lab.evaluation.codec` prints them."""
+    """Return the codec's rows with those of Opus, as `presto_rt.lab.evaluation.codec` prints them."""
     from presto_rt.lab.evaluation.codec import markdown
 
     return markdown(report).strip()
-
-
-def _read(name: str) -> dict[str, Any] | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 if __name__ == "__main__":

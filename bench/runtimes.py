@@ -1,8 +1,8 @@
-"""Other runtimes for bench/cpu.py: one evaluation of the network exported to ONNX Runtime and to OpenVINO.
+"""Baselines of bench/cpu.py by other runtimes: one network call, exported to ONNX Runtime and to OpenVINO.
 
-Both are optional (`pip install "presto-rt[bench]"`): where one is missing or refuses the network, the row says why. The
-export is one evaluation at one clip length with all blocks; sampler and preconditioning around it stay torch's, as for
-the compiled rows. ONNX Runtime's CPU kernels have no bf16, so its row is fp32.
+Both are optional (`pip install "presto-rt[bench]"`); if one is not installed or cannot take the network, its row says
+why. The export is one network call at one clip length with all blocks; sampler and preconditioning around it remain
+torch's, as in the compiled rows. ONNX Runtime's CPU kernels have no bf16, so its row is fp32.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ FIELDS = ("text", "text_mask", "pooled", "seconds", "beat", "key")
 Network = Callable[..., Tensor]
 
 
-class OneEvaluation(torch.nn.Module):
-    """The raw network with a condition's fields as plain arguments; all blocks run."""
+class NetworkCall(torch.nn.Module):
+    """The raw network with all blocks, and with the fields of a condition as arguments."""
 
     def __init__(self, dit: DiT) -> None:
         super().__init__()
@@ -34,21 +34,21 @@ class OneEvaluation(torch.nn.Module):
 
 
 def _network(run: Callable[[list[Any]], Any]) -> Network:
-    """`run`, which takes and gives numpy arrays, with the signature of `DiT.forward`."""
+    """Give `run`, which maps numpy arrays to a numpy array, the signature of `DiT.forward`."""
 
     def forward(
         x: Tensor, c_noise: Tensor, condition: Condition, blocks: object = None, budget: object = None
     ) -> Tensor:
-        given = (x, c_noise, *(getattr(condition, name) for name in FIELDS))
-        return torch.from_numpy(run([t.contiguous().numpy() for t in given]))
+        inputs = (x, c_noise, *(getattr(condition, name) for name in FIELDS))
+        return torch.from_numpy(run([t.contiguous().numpy() for t in inputs]))
 
     return forward
 
 
 def _checked(network: Network, dit: DiT, example: tuple[Tensor, ...], tolerance: float) -> Network:
-    """The network, if it gives what torch gives; RuntimeError otherwise: no speeds for a wrong result."""
+    """Return the network, or raise RuntimeError if its result differs from torch's: a wrong result has no speed."""
     with torch.inference_mode():
-        want = OneEvaluation(dit)(*example)
+        want = NetworkCall(dit)(*example)
         got = network(*example[:2], Condition(*example[2:]))
     error = float((got - want).abs().max() / want.abs().max())
     if not error <= tolerance:
@@ -57,17 +57,22 @@ def _checked(network: Network, dit: DiT, example: tuple[Tensor, ...], tolerance:
 
 
 def onnx_runtime(dit: DiT, example: tuple[Tensor, ...], threads: int) -> Network:
-    """fp32. Raises ImportError without onnxruntime, onnx and onnxscript, RuntimeError for a wrong result."""
+    """Return the network in ONNX Runtime, fp32.
+
+    Raises:
+        ImportError: onnxruntime, onnx or onnxscript is not installed.
+        RuntimeError: its result differs from torch's.
+    """
     import onnxruntime
 
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         path = Path(folder) / "network.onnx"
-        torch.onnx.export(OneEvaluation(dit).eval(), example, dynamo=True, verbose=False).save(str(path))
+        torch.onnx.export(NetworkCall(dit).eval(), example, dynamo=True, verbose=False).save(str(path))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
+    names = [value.name for value in session.get_inputs()]
     if len(names) != len(example):
         raise RuntimeError(f"the export kept {len(names)} of {len(example)} inputs")
     run = _network(lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))[0])
@@ -75,12 +80,17 @@ def onnx_runtime(dit: DiT, example: tuple[Tensor, ...], threads: int) -> Network
 
 
 def open_vino(dit: DiT, example: tuple[Tensor, ...], threads: int, precision: str) -> Network:
-    """precision "f32" or "bf16". Raises ImportError without openvino, RuntimeError for a wrong result."""
+    """Return the network in OpenVINO; precision is "f32" or "bf16".
+
+    Raises:
+        ImportError: openvino is not installed.
+        RuntimeError: its result differs from torch's.
+    """
     import openvino
 
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
-        model = openvino.convert_model(OneEvaluation(dit).eval(), example_input=example)
+        model = openvino.convert_model(NetworkCall(dit).eval(), example_input=example)
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
     run = _network(lambda arrays: request.infer(arrays)[0])
@@ -88,7 +98,7 @@ def open_vino(dit: DiT, example: tuple[Tensor, ...], threads: int, precision: st
 
 
 def others(dit: DiT, example: tuple[Tensor, ...], threads: int) -> dict[str, Network | str]:
-    """The network (fp32 weights) by each runtime, or why there is none."""
+    """Return the network, from fp32 weights, in each runtime, or the reason that a runtime does not have it."""
     ways: dict[str, Callable[[], Network]] = {
         "ONNX Runtime fp32": lambda: onnx_runtime(dit, example, threads),
         "OpenVINO fp32": lambda: open_vino(dit, example, threads, "f32"),
@@ -98,6 +108,6 @@ def others(dit: DiT, example: tuple[Tensor, ...], threads: int) -> dict[str, Net
     for name, make in ways.items():
         try:
             out[name] = make()
-        except Exception as error:  # an exporter may fail in any way; the row says how
+        except Exception as error:  # an exporter may fail in any way; its row names the error
             out[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     return out

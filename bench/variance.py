@@ -1,8 +1,8 @@
-"""How far do hidden states move when blocks are dropped? `python bench/variance.py [--budget 50%]`
+"""Measure the variance of hidden states when blocks are skipped: `python -m bench.variance [--budget 50%]`.
 
-Variance after each block for the base model at full depth, ASE and Presto-L, on the same held-out latents: writes
-bench/results/hidden-variance.json and docs/hidden-variance.png, and prints each student's last variance over the
-base model's.
+Variance after each block of the base model at full depth, of ASE and of Presto-L, on the same held-out latents. Writes
+bench/results/hidden-variance.json and docs/hidden-variance.png, and prints each student's variance at the output
+layer relative to the base model's.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from results import save, table
+from bench.results import ROOT, save, table
 
-ROOT = Path(__file__).parent.parent
 SIGMAS = (0.2, 1.6, 8.0)
 
 
@@ -46,7 +45,7 @@ def main() -> None:
 
 
 def render(records: list[dict[str, Any]]) -> str:
-    """Variance that the output layer sees, over the base model's."""
+    """Return a table of the variance of the output layer's input, relative to the base model's."""
     last = {(r["model"], r["sigma"]): r["variance"][-1] for r in records}
     sigmas = sorted({sigma for _, sigma in last})
     names = list(dict.fromkeys(r["model"] for r in records))
@@ -55,7 +54,7 @@ def render(records: list[dict[str, Any]]) -> str:
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """One panel for each noise level."""
+    """Draw one panel for each noise level."""
     import matplotlib
 
     matplotlib.use("Agg")
