@@ -92,7 +92,7 @@ check-cpp: $(VENV)/.installed-tests
 	    PRESTO_RT_SANITIZED=build/sanitize $(BIN)/python -m pytest -q -p tests.support.sanitized $(SANITIZED_TESTS)
 
 wheel: $(VENV)/.installed
-	rm -rf build/lib build/bdist.* dist
+	rm -rf build/lib* build/bdist.* dist
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 	@ls -l dist
 

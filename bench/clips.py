@@ -40,11 +40,11 @@ def one(a: argparse.Namespace, seconds: float) -> dict[str, Any]:
     plan = pipeline.plan(seconds, **settings(a))
     return {
         "seconds": seconds,
-        "steps": len(plan.levels) - 1,
+        "steps": plan.steps,
         "sampler": plan.sampler,
         "guidance": plan.guidance.scale,
         "threads": a.threads,
-        "dtype": pipeline.precision,
+        "dtype": pipeline.backend.precision.name,
         "load_s": loaded,
         "first_clip_s": first,
         "stages": {s: spread([r[s] for r in runs]) for s in STAGES},

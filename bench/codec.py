@@ -12,10 +12,9 @@ import json
 import torch
 
 from bench.results import ROOT, machine, write
+from presto_rt.checkpoints.house import load_codec
 from presto_rt.errors import InvalidInputError
 from presto_rt.lab.evaluation.codec import evaluate_codec, held_out, markdown, picture, time_codec
-from presto_rt.models.codec import load_codec
-from presto_rt.pipeline import load
 
 DOCS = ROOT / "docs"
 
@@ -29,7 +28,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="length of each clip")
     parser.add_argument("--name", default="codec", help="bench/results/NAME.json; docs/NAME-GROUP.png")
     a = parser.parse_args()
-    codec = load_codec(a.codec) if a.codec else load(a.model, device="cpu").codec
+    codec = load_codec(a.codec or a.model)
     groups = {group: held_out(a.data, group, a.clips, a.seconds) for group in ("rendered", "recorded")}
     groups = {group: clips for group, clips in groups.items() if clips}
     if not groups:

@@ -26,18 +26,24 @@ import torch
 from torch import Tensor
 
 from bench.results import save, spread, table
-from bench.runtimes import FIELDS, others
+from bench.runtimes import others
 from presto_rt import native
 from presto_rt.conditioning.minilm import load_text_encoder
-from presto_rt.diffusion.trajectory import compile_trajectory
+from presto_rt.conditioning.ports import ClipControls, Conditioning
+from presto_rt.loading import load
 from presto_rt.models.codec import Codec
-from presto_rt.models.config import preset
-from presto_rt.models.dit import Condition, DiT
-from presto_rt.pipeline import Pipeline, load
-from presto_rt.runtime.cpu import autodtype as processor
-from presto_rt.runtime.cpu.ops import pack, pack_int8
+from presto_rt.models.dit import DiT
+from presto_rt.pipeline import Pipeline
+from presto_rt.runtime.backend import Job
+from presto_rt.runtime.cost import block_cost, plan_cost
+from presto_rt.runtime.cpu import autodtype
+from presto_rt.runtime.cpu.backend import CpuBackend
+from presto_rt.runtime.cpu.ops import CpuOps
+from presto_rt.runtime.cpu.products import pack_int8, pack_linear
 from presto_rt.runtime.cpu.threads import thread_limit
-from presto_rt.runtime.plan import block_cost, plan_cost
+from presto_rt.runtime.dit import Memory, denoise
+from presto_rt.runtime.eager.backend import EagerBackend
+from presto_rt.runtime.text_encoder import TextProgram
 
 PROMPT = "calm piano with warm strings, 84 bpm"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -64,24 +70,10 @@ def interleaved(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str
 
 
 def pipeline(a: argparse.Namespace, threads: int, dtype: str, backend: str) -> Pipeline:
-    """Load the model for a backend, "torch" or "cpu", with a number of threads; dtype is fp32, bf16 or int8."""
-    if a.random is None:
-        name = dtype if dtype == "int8" else str(DTYPES[dtype]).removeprefix("torch.")
-        return load(a.model, device="cpu", dtype=name, backend=backend, threads=threads)
-    torch.manual_seed(0)
-    dit = DiT(preset(a.random))
-    for p in dit.parameters():
-        torch.nn.init.normal_(p, std=0.03)
-    return Pipeline(
-        dit,
-        Codec(),
-        device=torch.device("cpu"),
-        dtype=DTYPES.get(dtype, processor.fastest_float()),
-        backend=backend,
-        threads=threads,
-        name=f"{a.random} (random)",
-        int8=dtype == "int8",
-    )
+    """Load the model for a backend, "eager" or "cpu", with a number of threads; dtype is fp32, bf16 or int8."""
+    model = a.model if a.random is None else f"{a.random}-random"
+    name = dtype if dtype == "int8" else str(DTYPES[dtype]).removeprefix("torch.")
+    return load(model, device="cpu", dtype=name, backend=backend, threads=threads)
 
 
 def settings(a: argparse.Namespace) -> dict[str, Any]:
@@ -89,13 +81,24 @@ def settings(a: argparse.Namespace) -> dict[str, Any]:
     return {"steps": a.steps, "sampler": a.sampler, "guidance": a.guidance, "layers": a.layers}
 
 
+def eager_parts(model: Pipeline) -> tuple[EagerBackend, DiT, Codec]:
+    """Return the backend of a pipeline in plain torch, with its network and its codec."""
+    backend = model.backend
+    assert isinstance(backend, EagerBackend)
+    network, codec = backend.network, backend.autoencoder
+    assert isinstance(network, DiT)
+    assert isinstance(codec, Codec)
+    return backend, network, codec
+
+
 def torch_pipeline(a: argparse.Namespace, threads: int, dtype: str, compiled: bool = False) -> Pipeline:
     """Load the model in plain torch, transformer and decoder in `dtype`, both of them compiled or neither."""
-    model = pipeline(a, threads, dtype, "torch")
-    decoder = model.codec.decoder.to(DTYPES[dtype])
+    model = pipeline(a, threads, dtype, "eager")
+    _, network, codec = eager_parts(model)
+    decoder = codec.decoder.to(DTYPES[dtype])
     if compiled:
-        model.dit.forward = torch.compile(model.dit.forward)
-        decoder.forward = torch.compile(decoder.forward)
+        network.forward = torch.compile(network.forward)  # type: ignore[method-assign]
+        decoder.forward = torch.compile(decoder.forward)  # type: ignore[method-assign]
     decoder.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(DTYPES[dtype]),))
     decoder.register_forward_hook(lambda _, inputs, output: output.float())
     return model
@@ -113,49 +116,69 @@ def every_way(a: argparse.Namespace, threads: int) -> tuple[dict[str, Pipeline],
         models |= {f"compiled {dtype}": torch_pipeline(a, threads, dtype, compiled=True) for dtype in DTYPES}
     if a.others and a.guidance == 1.0:
         first = models["eager fp32"]
-        frames, inputs = first.plan(a.seconds, **settings(a)).frames, condition(a, first)
-        example = (
-            torch.randn(1, frames, first.config.latent_channels),
-            torch.zeros(1),
-            *(getattr(inputs, name) for name in FIELDS),
-        )
-        for name, network in others(first.dit, example, threads).items():
+        job = clip_job(a, first)
+        conditioning, _ = embed(first, job)
+        x = torch.randn(1, job.frames, first.model.spec.channels)
+        example = (x, torch.zeros(1), conditioning.cross, conditioning.cross_lengths, conditioning.vector)
+        for name, network in others(eager_parts(first)[1], (*example, conditioning.local), threads).items():
             if isinstance(network, str):
                 missing[name] = network
             else:
                 models[name] = torch_pipeline(a, threads, "fp32")
-                models[name].dit.forward = network
+                eager_parts(models[name])[0].network = network
     return models, missing
 
 
-def condition(a: argparse.Namespace, model: Pipeline) -> Condition:
-    """Return the network's conditioning for the prompt."""
-    return model._condition(model.plan(a.seconds, **settings(a)), [PROMPT], [84.0], [None])
+def clip_job(a: argparse.Namespace, model: Pipeline) -> Job:
+    """Return the job of one clip."""
+    plan = model.plan(a.seconds, **settings(a))
+    return model.job(plan, [ClipControls(PROMPT, bpm=84.0)], [1])
+
+
+def embed(model: Pipeline, job: Job) -> tuple[Conditioning, Conditioning]:
+    """Return the conditional and the unconditional conditioning of a job."""
+    return model.model.conditioner.embed(job.inputs)
 
 
 def trajectories(a: argparse.Namespace, models: dict[str, Pipeline]) -> dict[str, Callable[[], Tensor]]:
     """Return the denoising of one plan by each way, on equal inputs."""
-    first = models["eager fp32"]
-    plan, inputs = first.plan(a.seconds, **settings(a)), condition(a, first)
-    return {name: partial(model.denoise, plan, inputs, model.dit.null(inputs), [1]) for name, model in models.items()}
+    return {name: denoiser(model, clip_job(a, model)) for name, model in models.items()}
+
+
+def denoiser(model: Pipeline, job: Job) -> Callable[[], Tensor]:
+    """Return the denoising of a job, without text encoder and decoder."""
+    backend, conditioning = model.backend, embed(model, job)
+    if isinstance(backend, EagerBackend):
+        return partial(backend.denoise, job, *conditioning)
+    assert isinstance(backend, CpuBackend)
+    compile_plan = partial(backend.planner.plan, job.calls, *conditioning, job.frames, backend.precision.dtype)
+    memory = Memory(compile_plan(), backend.ops)
+
+    def run() -> Tensor:
+        with thread_limit(backend.threads):
+            return denoise(backend.ops, backend.transformer, compile_plan(), memory, job.seeds)
+
+    return run
 
 
 def networks(a: argparse.Namespace, threads: int) -> dict[str, dict[str, Callable[[], object]]]:
     """Return the codec's decoder and the text encoder, by eager torch in fp32 and bf16 and by the CPU backend."""
-    auto = SHORT[processor.chosen()]
+    auto = SHORT[autodtype.preferred_dtype()]
     ours, encoder = pipeline(a, threads, auto, "cpu"), load_text_encoder()
-    latents = torch.randn(1, ours.plan(a.seconds).frames, ours.config.latent_channels) * 0.5
-    bf16_codec = torch_pipeline(a, threads, "bf16").codec
+    assert isinstance(ours.backend, CpuBackend)
+    program = ours.backend.codec
+    latents = torch.randn(1, ours.plan(a.seconds).frames, ours.model.spec.channels) * 0.5
+    codecs = {dtype: eager_parts(torch_pipeline(a, threads, dtype))[2] for dtype in DTYPES}
     ids = torch.tensor([encoder.tokenizer.encode(PROMPT).ids])
     mask = torch.ones_like(ids, dtype=torch.bool)
-    ours._encode([PROMPT])
+    text = TextProgram(encoder, CpuOps(ours.backend.precision.dtype, threads))
     return {
         "codec's decoder network": {
-            "eager fp32": lambda: ours.codec.decode_features(latents),
-            "eager bf16": lambda: bf16_codec.decode_features(latents),
-            f"ours {auto}": lambda: ours.decoder(latents),
+            "eager fp32": lambda: codecs["fp32"].decode_features(latents),
+            "eager bf16": lambda: codecs["bf16"].decode_features(latents),
+            f"ours {auto}": lambda: program.features(latents),
         },
-        "text encoder": {"eager fp32": lambda: encoder(ids, mask), f"ours {auto}": lambda: ours._text(ids, mask)},
+        "text encoder": {"eager fp32": lambda: encoder(ids, mask), f"ours {auto}": lambda: text(ids, mask)},
     }
 
 
@@ -181,7 +204,7 @@ def rates(threads: int) -> dict[str, float]:
     with thread_limit(threads), torch.inference_mode():
         work = 2 * rows * inputs * outputs / 1e9
         for name, dtype in DTYPES.items():
-            x, product = torch.randn(rows, inputs).to(dtype), pack(torch.randn(outputs, inputs), None, dtype)
+            x, product = torch.randn(rows, inputs).to(dtype), pack_linear(torch.randn(outputs, inputs), None, dtype)
             out[f"{name} GFLOP/s"] = work / min(timed(lambda x=x, p=product: p(x)) for _ in range(20))
         x, int8_product = (
             torch.randint(1, 256, (rows, inputs)).to(torch.uint8),
@@ -205,33 +228,30 @@ def measure(a: argparse.Namespace) -> Row:
                 if threads == a.threads:
                     several["whole clip"] = whole_clips(a, models)
                 parts[threads] = {n: interleaved(w, a.repeats) for n, w in several.items()}
-        auto = SHORT[processor.chosen()]
+        auto = SHORT[autodtype.preferred_dtype()]
         ours = pipeline(a, a.threads, auto, "cpu")
-        plan = ours.plan(a.seconds, **settings(a))
-        inputs = condition(a, ours)
-        runs = compile_trajectory(
-            plan.sampler, plan.levels, plan.guidance, plan.layers, ours.config.network, ours.config.sigma_data
-        )
-        compiled = ours.engine.plan(runs, inputs, ours.dit.null(inputs), plan.frames)
+        backend, job = ours.backend, clip_job(a, ours)
+        assert isinstance(backend, CpuBackend)
+        compiled = backend.planner.plan(job.calls, *embed(ours, job), job.frames, backend.precision.dtype)
     request = {"seconds": a.seconds, "seed": 1, **settings(a)}
     clips = [ours.generate(PROMPT, **request).timings for _ in range(a.repeats + 1)][1:]
-    size = 2 if ours.dtype == torch.bfloat16 else 4
+    size = compiled.keys.dtype.itemsize
     cost, rate = plan_cost(compiled, size), rates(a.threads)
-    blocks = block_cost(ours.config, 1, plan.frames, compiled.keys.shape[3], size)
-    attended = sum(blocks[name].flops for name in ("attention", "cross_attention")) * sum(len(r.blocks) for r in runs)
-    products = (
-        attended / rate["bf16 GFLOP/s" if size == 2 else "fp32 GFLOP/s"]
-        + (cost.flops - attended) / rate["int8 Gop/s" if ours.int8 else "bf16 GFLOP/s" if size == 2 else "fp32 GFLOP/s"]
-    )
+    blocks = block_cost(compiled.spec, 1, compiled.frames, compiled.keys.shape[3], size)
+    attended = sum(blocks[name].flops for name in ("attention", "cross_attention"))
+    attended *= sum(len(call.blocks) for call in job.calls)
+    float_rate = rate["bf16 GFLOP/s" if size == 2 else "fp32 GFLOP/s"]
+    product_rate = rate["int8 Gop/s"] if backend.precision.name == "int8" else float_rate
+    products = attended / float_rate + (cost.flops - attended) / product_rate
     floor = max(products, cost.bytes / rate["copy GB/s"]) / 1e9
     return {
-        "model": ours.name,
+        "model": ours.model.name,
         "seconds": a.seconds,
         **settings(a),
         "auto": auto,
         "threads": a.threads,
         "isa": native.lib.isa(),
-        "evaluations": len(runs),
+        "evaluations": len(job.calls),
         "rates": rate,
         "transformer": scaling,
         "missing": missing,

@@ -186,7 +186,7 @@ def time_rows(a: argparse.Namespace) -> None:
     import json
 
     from presto_rt.lab.evaluation.compare import latencies, read, write
-    from presto_rt.pipeline import load
+    from presto_rt.loading import load
 
     table = read(a.results)
     models = [load(name, device=a.device) for name in a.timed]

@@ -35,8 +35,8 @@ def measure(model: str, seconds: float, repeats: int) -> dict[str, Any]:
     return {
         "model": model,
         "seconds": seconds,
-        "dtype": pipeline.precision,
-        "steps": len(plan.levels) - 1,
+        "dtype": pipeline.backend.precision.name,
+        "steps": plan.steps,
         "sampler": plan.sampler,
         "guidance": plan.guidance.scale,
         "load_s": loaded,

@@ -13,54 +13,26 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from bench.gpu_ways import STAGES, Case, Clip, baseline, eager_clips, floor, graph_clips, job_of, ours
 from bench.results import ROOT, load, replace_section, save, table
+from presto_rt.checkpoints.house import load_model
+from presto_rt.checkpoints.model import Model
+from presto_rt.loading import find_device
 
 GROUPS = {"ours": 150, "first": 60, "eager": 60, "compile": 120, "medium": 60, "range": 120, "max-autotune": 240}
-STAGES = ("text", "denoise", "decode")
-# As many words each, so that a baseline compiled for fixed shapes is compiled once.
-PROMPTS = ("calm piano with warm strings, 84 bpm", "fast drum and deep bass, 174 bpm", "sad slow solo viola in D minor")
 NOT_MEASURED = "not measured"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row: a way to make a clip, a model and sampling settings.
-
-    Attributes:
-        way: "ours", "ours without X" with one optimization switched off, "eager", or a mode of torch.compile.
-        layers: share of the blocks that run.
-    """
-
-    way: str
-    model: str = "small-random"
-    seconds: float = 32.0
-    clips: int = 1
-    steps: int = 4
-    sampler: str = "few_step"
-    guidance: float = 1.0
-    layers: str = "100%"
-    dtype: str = "bfloat16"
-
-    def settings(self) -> dict[str, Any]:
-        """Return the sampling settings as `Pipeline.plan` takes them."""
-        return {
-            "seconds": self.seconds,
-            "steps": self.steps,
-            "sampler": self.sampler,
-            "guidance": self.guidance,
-            "layers": None if self.layers == "100%" else self.layers,
-        }
 
 
 def cases(group: str, tiny: bool) -> list[Case]:
@@ -85,90 +57,6 @@ def cases(group: str, tiny: bool) -> list[Case]:
     return [replace(base, way=group)]
 
 
-#: a way to make a clip: maps a seed to an int16 array and the seconds of each stage
-Clip = Callable[[int], tuple[Any, dict[str, float]]]
-
-
-def ours(model: Any, case: Case) -> Clip:
-    """Return clips by the graph backend, with the optimization switched off that the way names."""
-    from presto_rt.runtime.cuda.ops import CudaOps
-
-    off = case.way.removeprefix("ours without ") if case.way.startswith("ours without ") else ""
-    engine = model.graph
-    engine.graphed = off != "the graph"
-    engine.ops = CudaOps(model.dtype, model.device, [off] if off not in ("", "the graph") else [], engine.ops.backend)
-    engine.forget()
-
-    def clip(seed: int) -> tuple[Any, dict[str, float]]:
-        plan = model.plan(**case.settings())
-        texts = [PROMPTS[(seed + i) % len(PROMPTS)] for i in range(case.clips)]
-        seeds = [seed + i for i in range(case.clips)]
-        result = engine.run(model.request(plan, texts, [None] * case.clips, [None] * case.clips, seeds, output="pcm16"))
-        return result.samples, result.stages
-
-    return clip
-
-
-def baseline(model: Any, case: Case) -> Clip:
-    """Return clips by torch, eager or compiled, with the same text encoder, decoder and conversion on the GPU."""
-    import torch
-
-    from presto_rt.kernels.edm_step import seeds_tensor
-    from presto_rt.kernels.pcm import pcm
-
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
-    cuda = model.device.type == "cuda"
-    if case.way != "eager":
-        mode = {"compile": "default", "max-autotune": "max-autotune"}[case.way]
-        options: dict[str, Any] = {"mode": mode} if cuda else {"backend": "aot_eager"}
-        compiled = torch.compile(model.dit, dynamic=False, **options)
-        network, config = model.dit, model.config
-
-        class Compiled(torch.nn.Module):
-            """The compiled network; its outputs are copied, since a CUDA graph writes over them."""
-
-            def __init__(self) -> None:
-                super().__init__()
-                self.config, self.null = config, network.null
-
-            def forward(self, *arguments: Any) -> torch.Tensor:
-                torch.compiler.cudagraph_mark_step_begin()
-                return compiled(*arguments).clone()
-
-        model.dit = Compiled()
-
-    @torch.inference_mode()
-    def clip(seed: int) -> tuple[Any, dict[str, float]]:
-        marks: list[Any] = []
-
-        def mark() -> None:  # events on a GPU: the host waits once, for the samples, as it does for ours
-            if cuda:
-                marks.append(torch.cuda.Event(enable_timing=True))
-                marks[-1].record()
-            else:
-                marks.append(time.perf_counter())
-
-        seeds = seeds_tensor([seed], model.device)
-        mark()
-        plan = model.plan(**case.settings())
-        condition = model._condition(plan, [PROMPTS[seed % len(PROMPTS)]], [None], [None])
-        unconditional = model.dit.null(condition)
-        mark()
-        latents = model.denoise(plan, condition, unconditional, [seed])
-        mark()
-        samples = model.decode(latents, plan.samples)
-        limited = samples / (samples.abs().amax((1, 2), keepdim=True) / 0.98).clamp_min(1.0)
-        integers = pcm(limited.contiguous(), seeds).cpu().numpy()
-        mark()
-        if cuda:
-            marks[-1].synchronize()
-        pairs = itertools.pairwise(marks)
-        taken = [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in pairs]
-        return integers, dict(zip(STAGES, taken, strict=True))
-
-    return clip
-
-
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     """Return p50, p90, p99 and the number of values."""
     ordered = sorted(values)
@@ -179,10 +67,8 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return at | {"n": len(ordered)}
 
 
-def measure(case: Case, clip: Clip, top: Any, runs: int, limit: float) -> dict[str, Any]:
+def measure(case: Case, clip: Clip, floor_seconds: float, runs: int, limit: float) -> dict[str, Any]:
     """Time `runs` clips, or at least 5 and as many as fit into `limit` seconds; return the row."""
-    import torch
-
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -203,29 +89,13 @@ def measure(case: Case, clip: Clip, top: Any, runs: int, limit: float) -> dict[s
     row["stages"] = {name: percentiles([s[name] for s in stages])["p50"] for name in STAGES if name in stages[0]}
     row["real_time_factor"] = case.clips * case.seconds / row["total"]["p50"]
     row["memory_mib"] = torch.cuda.max_memory_reserved() / 2**20 if cuda else 0.0
-    row["floor_s"] = floor(case, top)
+    row["floor_s"] = floor_seconds
     row["of_floor"] = row["floor_s"] / max(row["stages"].get("denoise", 0.0), 1e-9)
     return row
 
 
-def floor(case: Case, top: Any) -> float:
-    """Return the seconds that the transformer's operations and bytes take at the machine's own rates."""
-    import torch
-
-    from presto_rt.cli.describe import plan_of
-    from presto_rt.models.config import preset
-    from presto_rt.runtime.plan import plan_cost
-
-    frames = -(-round(case.seconds * 44_100) // 2_048)
-    config = preset(case.model.removesuffix("-random"))
-    plan = plan_of(config, frames, case.steps, case.guidance, case.layers, case.sampler, case.clips, torch.bfloat16)
-    cost = plan_cost(plan, 2)
-    return max(cost.flops / top.product, cost.bytes / top.bandwidth)
-
-
 def profile(clip: Clip, count: int = 15) -> list[dict[str, Any]]:
     """Return the kernels with the most GPU time, in microseconds a clip."""
-    import torch
     from torch.profiler import ProfilerActivity
 
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -239,25 +109,27 @@ def profile(clip: Clip, count: int = 15) -> list[dict[str, Any]]:
 def group(name: str, path: Path, tiny: bool, runs: int, top: Any) -> None:
     """Measure all rows of a group in this process; append each to `path` as a line of JSON."""
     begin = time.perf_counter()
-    import presto_rt
-
-    loaded: dict[tuple[str, str, str], Any] = {}
+    device = find_device("auto")
+    models: dict[str, Model] = {}
     clip: Clip | None = None
     for number, case in enumerate(cases(name, tiny)):
         try:
-            backend = "graph" if case.way.startswith("ours") or name == "first" else "torch"
-            key = (case.model, case.dtype, backend)
-            if key not in loaded:
-                loaded.clear()
-                clip = None  # it refers to the previous model, whose memory would be counted
-                gc.collect()
-                loaded[key] = presto_rt.load(case.model, dtype=case.dtype, backend=backend)
-            clip = (baseline if backend == "torch" else ours)(loaded[key], case)
+            clip = None  # it refers to the previous backend, whose memory would be counted
+            if case.model not in models:
+                models.clear()
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            model = models.setdefault(case.model, load_model(case.model, device))
+            is_graph = case.way.startswith("ours") or name == "first"
+            pipeline = (ours if is_graph else baseline)(model, case, device)
+            clip = (graph_clips if is_graph else eager_clips)(pipeline, case)
             if name == "first":
                 clip(0)
                 append(path, {"first_clip_s": time.perf_counter() - begin})
                 return
-            append(path, measure(case, clip, top, runs, 0.0 if tiny else 8.0))
+            floor_seconds = floor(model, job_of(pipeline, case, 0), device, top)
+            append(path, measure(case, clip, floor_seconds, runs, 0.0 if tiny else 8.0))
             if name in ("ours", "medium") and number == 0 and not tiny:
                 append(path, {"profile": profile(clip), "of": f"{case.way}, {case.model}"})
         except Exception as error:  # an error costs its own row alone
@@ -288,8 +160,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if a.document:
         write_document()
         return 0
-    import torch
-
     from bench.kernels.harness import Ceiling, ceiling
 
     if a.worker:

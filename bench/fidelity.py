@@ -18,7 +18,8 @@ from torch import Tensor
 
 from bench.results import save, table
 from presto_rt.lab.evaluation.codec import measure
-from presto_rt.pipeline import Pipeline, load
+from presto_rt.loading import load
+from presto_rt.pipeline import Pipeline
 
 PROMPTS = (
     "calm piano with warm strings, 84 bpm",
@@ -34,8 +35,9 @@ MEASURES = ("mel_db", "stft", "high_db", "side_db")
 def clip(model: Pipeline, prompt: str, seed: int, a: argparse.Namespace) -> tuple[np.ndarray, Tensor]:
     """Generate a clip; return its samples (2, n) and its latents (T, C)."""
     request = {"seconds": a.seconds, "steps": a.steps, "sampler": a.sampler, "guidance": a.guidance}
-    audio, latents = model.generate(prompt, seed=seed, return_latents=True, **request)
-    return np.ascontiguousarray(audio.samples), latents.float()
+    audio = model.generate(prompt, seed=seed, **request)
+    assert audio.latents is not None
+    return audio.samples, audio.latents
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -59,15 +61,15 @@ def main() -> None:
     ways: dict[str, tuple[Pipeline, int]] = {
         dtype: (load(a.model, device="cpu", dtype=dtype, backend="cpu", threads=a.threads), 0) for dtype in a.dtypes
     }
-    ways["eager torch, bfloat16"] = (load(a.model, device="cpu", dtype="bfloat16", backend="torch"), 0)
+    ways["eager torch, bfloat16"] = (load(a.model, device="cpu", dtype="bfloat16", backend="eager"), 0)
     ways["float32, another seed"] = (exact, 1000)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for i, prompt in enumerate(PROMPTS[: a.clips]):
         sound, latents = clip(exact, prompt, i, a)
         for name, (model, shift) in ways.items():
             got, x = clip(model, prompt, i + shift, a)
-            alone = model.decode(latents[None], sound.shape[1])[0].numpy()
-            same = exact.decode(latents[None], sound.shape[1])[0].numpy()
+            alone = model.decode(latents, sound.shape[1]).samples
+            same = exact.decode(latents, sound.shape[1]).samples
             row = {"prompt": prompt, "latents": relative(x, latents), **measure(sound, got)}
             found[name].append(row | {"decoder": measure(same, alone)})
     rows = {
@@ -77,9 +79,9 @@ def main() -> None:
     }
     plan = exact.plan(a.seconds, steps=a.steps, sampler=a.sampler, guidance=a.guidance)
     settings = {
-        "model": exact.name,
+        "model": exact.model.name,
         "seconds": a.seconds,
-        "steps": len(plan.levels) - 1,
+        "steps": plan.steps,
         "sampler": plan.sampler,
         "guidance": plan.guidance.scale,
         "clips": len(PROMPTS[: a.clips]),

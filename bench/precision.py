@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 
-import presto_rt
 from bench.results import ROOT, replace_section, save, table
-from presto_rt.runtime.cuda.buffers import Result
+from presto_rt.checkpoints.house import load_model
+from presto_rt.conditioning.ports import ClipControls
+from presto_rt.loading import find_device
+from presto_rt.models.codec import Codec
+from presto_rt.pipeline import Pipeline
+from presto_rt.runtime.backend import Result
+from presto_rt.runtime.cuda.backend import GraphBackend
 from presto_rt.runtime.cuda.fp8 import Fp8
-from presto_rt.runtime.cuda.graph import GraphEngine
 from presto_rt.runtime.cuda.ops import CudaOps
 
 PROMPTS = ["calm piano, 84 bpm", "techno with synth bass, 128 bpm", "string quartet in D minor"]
@@ -33,7 +37,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
 
 
-def decibels(codec: Any, a: Result, b: Result) -> float:
+def decibels(codec: Codec, a: Result, b: Result) -> float:
     """Return the mean absolute difference of log-magnitudes (mid and side, the codec's bands) above -80 dB, in dB."""
     with torch.inference_mode():
         whole, device = a.samples.shape[2] // 2048 * 2048, codec.latent_mean.device
@@ -50,17 +54,22 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     a = parser.parse_args()
-    model = presto_rt.load(a.model, backend="torch", dtype="float32", device="cpu")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    codec, encoder = model.codec.to(device), model.encoder.to(device)
-    plan = model.plan(a.seconds, a.steps)
+    device = find_device("auto")
+    model = load_model(a.model, device)
+    codec = model.autoencoder
+    assert model.transformer is not None
+    assert isinstance(codec, Codec)
+    weights = model.transformer(device)
+    codec.to(device)
 
-    def results(dtype: torch.dtype, fp8: Fp8 | None, seed: int = 1) -> tuple[list[Result], GraphEngine]:
-        ops = CudaOps(dtype, device, backend="auto" if device == "cuda" else "torch")
-        engine = GraphEngine(model.dit, codec, encoder, ops, fp8=fp8)
-        texts = [PROMPTS[i % len(PROMPTS)] for i in range(a.clips)]
-        requests = [model.request(plan, [text], [None], [None], [seed + i]) for i, text in enumerate(texts)]
-        return [engine.run(request) for request in requests], engine
+    def results(dtype: torch.dtype, fp8: Fp8 | None, seed: int = 1) -> tuple[list[Result], GraphBackend]:
+        ops = CudaOps(dtype, device, backend="auto" if device.type == "cuda" else "torch")
+        backend = GraphBackend(weights, model.spec, codec, model.conditioner, ops, fp8=fp8)
+        pipeline = Pipeline(model, backend)
+        plan = pipeline.plan(a.seconds, a.steps)
+        prompts = [PROMPTS[i % len(PROMPTS)] for i in range(a.clips)]
+        jobs = [pipeline.job(plan, [ClipControls(prompt)], [seed + i]) for i, prompt in enumerate(prompts)]
+        return [backend.run(job) for job in jobs], backend
 
     exact, _ = results(torch.float32, None)
     rows: list[dict[str, Any]] = []
@@ -74,8 +83,8 @@ def main() -> None:
         print(rows[-1], flush=True)
 
     for name, dtype, fp8 in WAYS:
-        got, engine = results(dtype, fp8)
-        choices = engine.entries()[0].precision
+        got, backend = results(dtype, fp8)
+        choices = backend.graphs()[0].fp8_products
         compare(name, got, f"{sum(c.fp8 for c in choices)} of {len(choices)} products" if choices else "")
     compare("another seed", results(torch.float32, None, seed=1001)[0])
     save("precision", {"model": a.model, "seconds": a.seconds, "clips": a.clips, "steps": a.steps, "rows": rows})

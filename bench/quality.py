@@ -17,7 +17,7 @@ from bench.results import machine, table, write
 from presto_rt.lab.evaluation.denoising import model_errors
 from presto_rt.lab.evaluation.report import markdown
 from presto_rt.lab.evaluation.run import evaluate_model
-from presto_rt.pipeline import load
+from presto_rt.loading import load
 
 ROWS = {
     "real, held out": "real music",
@@ -43,10 +43,10 @@ def main() -> None:
     result = evaluate_model(model, a.data, a.count, a.seconds, Path("runs") / f"quality-{name}")
     result["denoising"] = [asdict(row) for row in model_errors(model, a.data)]
     result["plan"] = {
-        "steps": len(plan.levels) - 1,
+        "steps": plan.steps,
         "sampler": plan.sampler,
         "guidance": plan.guidance.scale,
-        "precision": model.precision,
+        "precision": model.backend.precision.name,
     }
     result["machine"] = machine()
     write(f"quality-{name}", result)

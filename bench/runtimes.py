@@ -9,54 +9,61 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from presto_rt.models.dit import Condition, DiT
+from presto_rt.conditioning.ports import Conditioning
+from presto_rt.models.dit import DiT
 
-FIELDS = ("text", "text_mask", "pooled", "seconds", "beat", "key")
-Network = Callable[..., Tensor]
+#: network input, time input, and the four ports of the conditioning
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class NetworkCall(torch.nn.Module):
-    """The raw network with all blocks, and with the fields of a condition as arguments."""
+    """The raw network with all blocks, and with the ports of the conditioning as arguments."""
 
     def __init__(self, dit: DiT) -> None:
         super().__init__()
         self.dit = dit
 
-    def forward(self, x: Tensor, c_noise: Tensor, *condition: Tensor) -> Tensor:
-        return self.dit(x, c_noise, Condition(*condition))
+    def forward(self, x: Tensor, time: Tensor, *ports: Tensor) -> Tensor:
+        """Return the raw output (N, T, C)."""
+        return self.dit.raw(x, time, Conditioning(*ports), range(self.dit.config.blocks), 1.0)
 
 
-def _network(run: Callable[[list[Any]], Any]) -> Network:
-    """Give `run`, which maps numpy arrays to a numpy array, the signature of `DiT.forward`."""
+class ExportedNetwork:
+    """A network in another runtime, called as `presto_rt.runtime.backend.Network`.
 
-    def forward(
-        x: Tensor, c_noise: Tensor, condition: Condition, blocks: object = None, budget: object = None
-    ) -> Tensor:
-        inputs = (x, c_noise, *(getattr(condition, name) for name in FIELDS))
-        return torch.from_numpy(run([t.contiguous().numpy() for t in inputs]))
+    Args:
+        run: maps the inputs of `NetworkCall` as numpy arrays to the output.
+    """
 
-    return forward
+    def __init__(self, run: Callable[[list[Any]], Any]) -> None:
+        self.run = run
+
+    def raw(self, x: Tensor, time: Tensor, conditioning: Conditioning, blocks: Sequence[int], budget: float) -> Tensor:
+        """Return the raw output (N, T, C). The export has all blocks, so `blocks` and `budget` are not read."""
+        ports = (conditioning.cross, conditioning.cross_lengths, conditioning.vector, conditioning.local)
+        return torch.from_numpy(self.run([tensor.contiguous().numpy() for tensor in (x, time, *ports)]))
 
 
-def _checked(network: Network, dit: DiT, example: tuple[Tensor, ...], tolerance: float) -> Network:
+def checked(network: ExportedNetwork, dit: DiT, example: Inputs, tolerance: float) -> ExportedNetwork:
     """Return the network, or raise RuntimeError if its result differs from torch's: a wrong result has no speed."""
     with torch.inference_mode():
-        want = NetworkCall(dit)(*example)
-        got = network(*example[:2], Condition(*example[2:]))
-    error = float((got - want).abs().max() / want.abs().max())
+        expected = NetworkCall(dit)(*example)
+        x, time, *ports = example
+        actual = network.raw(x, time, Conditioning(*ports), (), 1.0)
+    error = float((actual - expected).abs().max() / expected.abs().max())
     if not error <= tolerance:
         raise RuntimeError(f"it differs from torch by {error:.2g}")
     return network
 
 
-def onnx_runtime(dit: DiT, example: tuple[Tensor, ...], threads: int) -> Network:
+def onnx_runtime(dit: DiT, example: Inputs, threads: int) -> ExportedNetwork:
     """Return the network in ONNX Runtime, fp32.
 
     Raises:
@@ -75,11 +82,11 @@ def onnx_runtime(dit: DiT, example: tuple[Tensor, ...], threads: int) -> Network
     names = [value.name for value in session.get_inputs()]
     if len(names) != len(example):
         raise RuntimeError(f"the export kept {len(names)} of {len(example)} inputs")
-    run = _network(lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))[0])
-    return _checked(run, dit, example, 1e-3)
+    run = ExportedNetwork(lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))[0])
+    return checked(run, dit, example, 1e-3)
 
 
-def open_vino(dit: DiT, example: tuple[Tensor, ...], threads: int, precision: str) -> Network:
+def open_vino(dit: DiT, example: Inputs, threads: int, precision: str) -> ExportedNetwork:
     """Return the network in OpenVINO; precision is "f32" or "bf16".
 
     Raises:
@@ -93,18 +100,18 @@ def open_vino(dit: DiT, example: tuple[Tensor, ...], threads: int, precision: st
         model = openvino.convert_model(NetworkCall(dit).eval(), example_input=example)
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-    run = _network(lambda arrays: request.infer(arrays)[0])
-    return _checked(run, dit, example, 1e-3 if precision == "f32" else 0.1)
+    run = ExportedNetwork(lambda arrays: request.infer(arrays)[0])
+    return checked(run, dit, example, 1e-3 if precision == "f32" else 0.1)
 
 
-def others(dit: DiT, example: tuple[Tensor, ...], threads: int) -> dict[str, Network | str]:
+def others(dit: DiT, example: Inputs, threads: int) -> dict[str, ExportedNetwork | str]:
     """Return the network, from fp32 weights, in each runtime, or the reason that a runtime does not have it."""
-    ways: dict[str, Callable[[], Network]] = {
+    ways: dict[str, Callable[[], ExportedNetwork]] = {
         "ONNX Runtime fp32": lambda: onnx_runtime(dit, example, threads),
         "OpenVINO fp32": lambda: open_vino(dit, example, threads, "f32"),
         "OpenVINO bf16": lambda: open_vino(dit, example, threads, "bf16"),
     }
-    out: dict[str, Network | str] = {}
+    out: dict[str, ExportedNetwork | str] = {}
     for name, make in ways.items():
         try:
             out[name] = make()
