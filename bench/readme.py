@@ -1,11 +1,13 @@
 """Write the measured tables of README.md, docs/ and the model cards from bench/results: `python -m bench.readme`.
 
 A table is written between the markers <!-- name --> and <!-- /name --> of its document. A number in a document comes
-from a JSON file that names machine, versions and command; nothing is typed by hand.
+from a JSON file that names machine, versions and command; nothing is typed by hand. If `make demo` has written demo.wav,
+its spectrogram is drawn too.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from bench import clips, cpu, e2e, e2e_gpu, fidelity, operators, precision, quality
@@ -19,7 +21,6 @@ WAYS = {
     "eager fp32": "PyTorch, eager, fp32",
     "compiled fp32": "PyTorch, `torch.compile` with freezing, fp32",
     "ours fp32": "Presto-RT, fp32",
-    "ours bf16": "Presto-RT, bf16",
     "ours int8": "Presto-RT, int8",
 }
 
@@ -34,6 +35,8 @@ def main() -> None:
         replace_section(DOCS / "gpu.md", "precision", precision.render(data["rows"]["rows"]))
     if (report := load("codec")) is not None:
         replace_section(DOCS / "codec.md", "codec", codec_table(report))
+    if (demo := ROOT / "demo.wav").is_file():
+        draw_demo(demo)
 
 
 def write_speed() -> None:
@@ -65,12 +68,13 @@ def speed(data: dict[str, Any]) -> str:
         for way, title in WAYS.items()
         if way in ways
     ]
+    header = [f"{rows['seconds']:g} s of stereo", "time", "faster than it plays", "faster than eager"]
     note = (
         f"Prompt to samples, {rows['seconds']:g} s of stereo, {rows['model']}, {rows['evaluations']} steps, "
         f"{rows['layers']} of the layers, {machine['device']}; medians of {ways['eager fp32']['n']} "
         f"(`{machine['command']}`)."
     )
-    return f"{note}\n\n{table(['', 'time', 'real time', 'eager'], cells)}"
+    return f"{note}\n\n{table(header, cells)}"
 
 
 def write_cpu() -> None:
@@ -110,6 +114,14 @@ def write_quality() -> None:
         replace_section(card, "denoising", quality.denoising(data))
         if name == "nano":
             replace_section(DOCS / "evaluation.md", "quality", quality.render(data))
+
+
+def draw_demo(path: Path) -> None:
+    """Draw the spectrogram of the clip that `make demo` generates, docs/demo.png."""
+    from presto_rt.audio import load as load_audio
+    from presto_rt.lab.evaluation.codec import picture
+
+    picture(DOCS / "demo.png", {path.name: load_audio(path).samples})
 
 
 def codec_table(report: dict[str, Any]) -> str:
