@@ -1,7 +1,7 @@
 """Write the measured tables of README.md, docs/ and the model cards from bench/results: `python -m bench.readme`.
 
 A table is written between the markers <!-- name --> and <!-- /name --> of its document. A number in a document comes
-from a JSON file that names machine, versions and command; nothing is typed by hand. If `make demo` has written demo.wav,
+from a JSON file that names machine, versions and command; nothing is typed by hand. If `make demo` wrote demo.wav,
 its spectrogram is drawn too.
 """
 
