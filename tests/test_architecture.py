@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -23,6 +24,9 @@ DOCUMENTS = "\n".join(
     path.read_text()
     for path in [ROOT / "README.md", ROOT / "Makefile", ROOT / "pyproject.toml", *ROOT.glob("docs/*.md")]
 )
+
+#: names of environment variables that Python code reads or sets
+VARIABLES = re.compile(r"environ(?:\.get\(|\[)\s*\"([A-Z_]+)\"|\"(PRESTO_RT_[A-Z_]+)\" (?:not )?in os\.environ")
 
 # Loaded when a function needs them, never by `import presto_rt`.
 HEAVY = (
@@ -313,6 +317,20 @@ def test_formatter_is_switched_off_in_fewer_than_thirty_lines() -> None:
     offenders = architecture.unformatted(TEXTS)
     assert len(offenders) < architecture.MAX_UNFORMATTED, lines(offenders)
     assert architecture.unformatted({"a.py": "x = 1\ny  = 2  # fmt: " + "skip"}) == ["a.py:2"]
+
+
+def test_environment_variables_are_documented() -> None:
+    document = (ROOT / "docs" / "environment.md").read_text()
+    found = {
+        name: file
+        for file, text in [*TEXTS.items(), ("setup.py", (ROOT / "setup.py").read_text())]
+        for groups in VARIABLES.findall(text)
+        for name in groups
+        if name and name != "PATH"
+    }
+    assert {"PRESTO_RT_NO_NATIVE", "XDG_CACHE_HOME", "CXX"} <= set(found)
+    offenders = [f"{name} of {file}" for name, file in found.items() if f"`{name}`" not in document]
+    assert not offenders, lines(offenders)
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

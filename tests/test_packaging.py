@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from presto_rt.checkpoints import folder
+from presto_rt.errors import WeightsError
+
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "presto_rt" / "weights" / "nano"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -21,12 +24,12 @@ MAX_WHEEL = 100_000_000
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """Paths that setuptools puts into the source distribution ("sdist") and the package folder ("wheel")."""
     pytest.importorskip("setuptools", minversion="77")
-    folder = tmp_path_factory.mktemp("distribution")
-    call = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)]
-    call += ["build_py", "--build-lib", str(folder / "lib")]
+    target = tmp_path_factory.mktemp("distribution")
+    call = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(target)]
+    call += ["build_py", "--build-lib", str(target / "lib")]
     subprocess.run(call, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    listed = (folder / "presto_rt.egg-info" / "SOURCES.txt").read_text().split()
-    library = folder / "lib"
+    listed = (target / "presto_rt.egg-info" / "SOURCES.txt").read_text().split()
+    library = target / "lib"
     return {
         "sdist": set(listed),
         "wheel": {str(path.relative_to(library)) for path in library.rglob("*") if path.is_file()},
@@ -35,8 +38,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
 
 def test_sdist_has_all_that_it_is_built_from(files: dict[str, set[str]]) -> None:
     wanted = {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "CHANGELOG.md", "presto_rt/py.typed"}
-    for folder, suffixes in {"csrc": (".cpp", ".h"), "kernels": (".py",), "presto_rt": (".py",)}.items():
-        wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob("*") if p.suffix in suffixes}
+    for source, suffixes in {"csrc": (".cpp", ".h"), "kernels": (".py",), "presto_rt": (".py",)}.items():
+        wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / source).rglob("*") if p.suffix in suffixes}
     wanted |= {str(path.relative_to(ROOT)) for path in SHIPPED.iterdir()}
     assert not wanted - files["sdist"]
 
@@ -52,6 +55,18 @@ def test_wheel_has_the_weights_of_the_shipped_model_alone(files: dict[str, set[s
     weights = {name for name in files["wheel"] if name.startswith("presto_rt/weights/")}
     assert weights == {str(path.relative_to(ROOT)) for path in SHIPPED.iterdir()}
     assert sum((ROOT / name).stat().st_size for name in weights) < MAX_WHEEL
+
+
+def test_model_that_is_not_in_a_wheel_is_an_error_that_names_the_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_out = {path.name for path in SHIPPED.parent.iterdir() if path.is_dir()} - {SHIPPED.name}
+    assert left_out == set(folder.REPOSITORY_ONLY)
+    monkeypatch.setattr(folder, "SHIPPED", tmp_path)  # the weights of an installed wheel, without the teacher
+    for name in left_out:
+        with pytest.raises(WeightsError, match="clone the repository"):
+            folder.locate(name)
+        assert folder.locate(SHIPPED.parent / name) == SHIPPED.parent / name
 
 
 def test_readme_has_no_image_that_breaks_on_a_package_index() -> None:

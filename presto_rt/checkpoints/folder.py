@@ -27,7 +27,9 @@ from ..errors import OutputError, WeightsError
 FORMAT = 1
 SHARD_BYTES = 14_500_000
 
-_SHIPPED = Path(__file__).parents[1] / "weights"
+SHIPPED = Path(__file__).parents[1] / "weights"
+# Models of the repository that are not in a wheel, which would be too large with them.
+REPOSITORY_ONLY = ("nano-base",)
 
 
 class FileEntry(TypedDict):
@@ -54,7 +56,7 @@ class Checkpoint:
 
 def shipped() -> list[str]:
     """Return the names of the models that are installed with the package."""
-    return sorted(path.parent.name for path in _SHIPPED.glob("*/config.json"))
+    return sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
 
 
 def locate(name_or_folder: str | os.PathLike[str]) -> Path:
@@ -62,10 +64,15 @@ def locate(name_or_folder: str | os.PathLike[str]) -> Path:
     text = os.fspath(name_or_folder)
     candidates = [Path(text)] if text else []
     if text and os.sep not in text and not text.startswith("."):
-        candidates.insert(0, _SHIPPED / text)
+        candidates.insert(0, SHIPPED / text)
     for folder in candidates:
         if (folder / "config.json").is_file():
             return folder
+    if text in REPOSITORY_ONLY:
+        raise WeightsError(
+            f"the model {text!r} is not in the installed package: clone the repository and name the folder "
+            f"presto_rt/weights/{text} of the clone, or train the model there with `make model`"
+        )
     names = ", ".join(shipped()) or "none"
     raise WeightsError(f"no model {text!r}: shipped models are {names}; or name a folder that holds config.json")
 

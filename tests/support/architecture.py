@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("presto_rt.errors", "presto_rt.native"),
     ("presto_rt.diffusion", "presto_rt.audio", "kernels"),
     ("presto_rt.runtime", "presto_rt.models", "presto_rt.conditioning"),
-    ("presto_rt.checkpoints", "presto_rt.request", "presto_rt.deadline"),
+    ("presto_rt.checkpoints", "presto_rt.request", "presto_rt.deadline", "presto_rt.latency_store"),
     ("presto_rt.pipeline", "presto_rt.loading", "presto_rt.streaming", "presto_rt"),
     ("presto_rt.serve", "presto_rt.cli"),
     ("presto_rt.lab", "bench"),
