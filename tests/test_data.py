@@ -270,7 +270,7 @@ def test_data_command_prints_one_line_of_error(tmp_path: Path, capsys: pytest.Ca
     from presto_rt.cli import main
 
     assert main(["data", "info", "--root", str(tmp_path)]) == 1
-    assert "presto-rt data build" in capsys.readouterr().err
+    assert "presto-rt lab data build" in capsys.readouterr().err
 
 
 def test_manifest_round_trips_and_hashes_content(tmp_path: Path) -> None:

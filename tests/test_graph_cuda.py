@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from presto_rt.kernels import runtime
-from tests.test_graph import CHANGES, asked, same
 
 from presto_rt.errors import OutOfMemoryError
+from presto_rt.kernels import runtime
 from presto_rt.models.config import preset
 from presto_rt.models.random_weights import UntrainedText, untrained_codec
 from presto_rt.runtime.cuda.buffers import Result
@@ -22,6 +21,7 @@ from presto_rt.runtime.cuda.fp8 import Fp8
 from presto_rt.runtime.cuda.graph import GraphEngine, Limits, poison
 from presto_rt.runtime.cuda.ops import CudaOps
 from tests.support.networks import random_dit
+from tests.test_graph import CHANGES, asked, same
 
 pytestmark = [
     pytest.mark.gpu,

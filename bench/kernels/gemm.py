@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
-from presto_rt.kernels.gemm import linear, linear_gate_residual
+from presto_rt.kernels.gemm import linear
 
 FP8 = torch.float8_e4m3fn
 

@@ -140,11 +140,13 @@ def load_model(name: str | os.PathLike[str], device: torch.device | str = "cpu")
         codec = Codec(CodecConfig.from_dict(checkpoint.config["codec"]))
         load_state(dit, checkpoint, "dit")
         load_state(codec, checkpoint, "codec")
-        return build_model(Path(name).name, dit, codec, checkpoint=checkpoint, device=device)
+        model = build_model(Path(name).name, dit, codec, checkpoint=checkpoint, device=device)
     except (InvalidInputError, KeyError, RuntimeError) as error:
         raise WeightsError(
             f"the weights of {name} do not fit their configuration: {str(error).splitlines()[0]}"
         ) from error
+    model.folder = os.fspath(name)
+    return model
 
 
 def load_state(module: nn.Module, checkpoint: Checkpoint, part: str) -> None:

@@ -31,6 +31,7 @@ class Model:
         schedules: layer schedules that the weights were trained for, by budget.
         quality: measured figures of plans, each {"steps", "layers", "kid"}, for deadlines.
         digest: names the weights.
+        folder: name or folder that the model was loaded from.
     """
 
     name: str
@@ -43,3 +44,4 @@ class Model:
     schedules: Mapping[str, LayerSchedule] = field(default_factory=dict)
     quality: Sequence[Mapping[str, Any]] = ()
     digest: str = ""
+    folder: str = ""

@@ -24,25 +24,20 @@ def add_parser(commands: Commands) -> None:
 
 
 def _roundtrip(options: argparse.Namespace) -> None:
-    import torch
-
     from .. import audio, load
 
     audio.check_writable(options.output)
     source = audio.load(options.input)
-    codec = load(options.model).codec
-    device = next(codec.parameters()).device
-    with torch.inference_mode():
-        samples = torch.from_numpy(source.samples).to(device)
-        started = time.perf_counter()
-        latents = codec.encode(samples[None])
-        encoded = time.perf_counter()
-        out = codec.decode(latents, frames=samples.shape[-1])[0].cpu()
-        decoded = time.perf_counter()
+    model = load(options.model)
+    started = time.perf_counter()
+    latents = model.encode(source)
+    encoded = time.perf_counter()
+    samples = model.decode(latents, source.samples.shape[-1]).samples.clip(-1.0, 1.0)
+    decoded = time.perf_counter()
     if source.samples.shape[0] == 1:
-        out = out.mean(0, keepdim=True)
-    audio.Audio(out.numpy(), source.sample_rate).save(options.output)
+        samples = samples.mean(0, keepdims=True)
+    audio.Audio(samples, source.sample_rate).save(options.output)
     print(
-        f"{options.output}: {source.seconds:.1f} s through {latents.shape[1]} x {latents.shape[2]} latents; "
+        f"{options.output}: {source.seconds:.1f} s through {latents.shape[0]} x {latents.shape[1]} latents; "
         f"encode {encoded - started:.2f} s, decode {decoded - encoded:.2f} s"
     )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..models.config import ModelConfig
-    from ..runtime.plan import Plan
+    from ..runtime.plan import CompiledPlan
     from .options import Commands
 
 
@@ -44,7 +44,7 @@ def plan_of(
     sampler: str,
     clips: int,
     dtype: torch.dtype,
-) -> Plan:
+) -> CompiledPlan:
     """Return a plan of the right shapes on the meta device, where nothing is computed.
 
     Args:
@@ -59,42 +59,43 @@ def plan_of(
     """
     import torch
 
+    from ..checkpoints.house import network_spec, transformer_weights
     from ..conditioning.keys import KEY_CHANNELS
+    from ..conditioning.ports import Conditioning
+    from ..conditioning.tempo import BEAT_CHANNELS
     from ..diffusion.guidance import Guidance
     from ..diffusion.schedule import karras_sigmas, parse_layers
     from ..diffusion.trajectory import compile_trajectory
-    from ..models.dit import BEAT_CHANNELS, Condition, DiT
-    from ..runtime.plan import Planner
+    from ..models.dit import DiT
+    from ..runtime.plan import COLUMNS, Planner
 
     sigmas = karras_sigmas(steps, config.sigma_min, config.sigma_max, config.rho)
-    schedule = parse_layers(layers, config.blocks, levels=sigmas)
+    schedule = parse_layers(layers, config.blocks, sigmas=sigmas)
     calls = compile_trajectory(sampler, sigmas, Guidance(guidance), schedule, config.network, config.sigma_data)
     with torch.device("meta"):
-        planner = Planner(DiT(config), "meta")
-        copies = 1 + any(call.guided for call in calls)
-        b, n, length = clips * copies, (len(calls), 12), config.text_tokens
-        condition = Condition(
-            torch.empty(b, length, config.text_dim),
-            torch.ones(b, length, dtype=torch.bool),
-            torch.empty(b, config.text_dim),
-            torch.ones(b),
-            torch.empty(b, frames, BEAT_CHANNELS),
-            torch.empty(b, KEY_CHANNELS),
+        planner = Planner(transformer_weights(DiT(config), "meta"), network_spec(config), "meta")
+        inputs = clips * (1 + any(call.guided for call in calls))
+        lengths = torch.empty(inputs, dtype=torch.int32)
+        conditioning = Conditioning(
+            torch.empty(inputs, config.text_tokens, config.text_dim),
+            lengths,
+            torch.empty(inputs, config.text_dim + 1 + KEY_CHANNELS),
+            torch.empty(inputs, frames, BEAT_CHANNELS),
         )
-        lengths = torch.empty(b, dtype=torch.int32)
-        layout = planner.form(calls, frames)
-        return planner.build(layout, torch.empty(n), torch.empty(2), condition, lengths, dtype, lengths)
+        table, scale = torch.empty(len(calls), COLUMNS), torch.empty(2)
+        return planner.build(planner.layout(calls, frames), table, scale, conditioning, dtype, lengths)
 
 
 def _run(options: argparse.Namespace) -> int:
     import torch
 
+    from ..checkpoints.house import network_spec
     from ..models.config import HOP, SAMPLE_RATE, preset
+    from ..runtime.cost import block_cost, plan_cost
     from ..runtime.cuda.buffers import bucket
     from ..runtime.cuda.ops import CudaOps
     from ..runtime.dit import buffers
     from ..runtime.memory import aliased, describe, place
-    from ..runtime.plan import block_cost, plan_cost
 
     config, dtype = preset(options.preset), getattr(torch, options.dtype)
     frames = bucket(-(-round(options.seconds * SAMPLE_RATE) // HOP))
@@ -110,14 +111,16 @@ def _run(options: argparse.Namespace) -> int:
     )
     listed = buffers(plan, CudaOps(dtype, "cpu", backend="torch"))
     offsets = place(listed)
-    print(f"{config.name}: {options.clips} x {frames} latent frames, {len(plan.runs)} network calls, {options.dtype}\n")
+    print(
+        f"{config.name}: {options.clips} x {frames} latent frames, {len(plan.calls)} network calls, {options.dtype}\n"
+    )
     print(describe(listed, offsets))
     total_bytes = max(offsets[buffer.name] + buffer.size for buffer in listed)
     unshared_bytes = sum(buffer.size for buffer in listed)
     print(f"\n{total_bytes / 2**20:.2f} MiB in all; {unshared_bytes / 2**20:.2f} MiB if no memory were shared\n")
     inputs = plan.batch * plan.copies
     print(f"{'one block':<16} {'GFLOP':>10} {'MB moved':>10}")
-    for name, cost in block_cost(config, inputs, frames, plan.keys.shape[3], dtype.itemsize).items():
+    for name, cost in block_cost(network_spec(config), inputs, frames, plan.keys.shape[3], dtype.itemsize).items():
         print(f"{name:<16} {cost.flops / 1e9:>10.4f} {cost.bytes / 1e6:>10.3f}")
     total = plan_cost(plan, dtype.itemsize)
     print(f"{'the trajectory':<16} {total.flops / 1e9:>10.2f} {total.bytes / 1e6:>10.1f}")

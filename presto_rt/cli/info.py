@@ -89,8 +89,8 @@ def _cpu() -> dict[str, Any]:
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "features": [name for name in CPU_FEATURES if name in flags],
-        "products": autodtype.product_rates(),
-        "dtype": autodtype.chosen(),
+        "products": autodtype.matmul_rates(),
+        "dtype": autodtype.preferred_dtype(),
     }
 
 

@@ -17,7 +17,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_model_option(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16, int8 or fp8 (default: auto)")
-    parser.add_argument("--backend", default="auto", help="auto, torch, cpu or graph (default: auto)")
+    parser.add_argument("--backend", default="auto", help="auto, eager, cpu or graph (default: auto)")
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:

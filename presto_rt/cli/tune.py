@@ -29,17 +29,16 @@ def add_parser(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from .. import load
-    from ..deadline import table_path, tune
 
     if options.repeats < 1:
         raise InvalidInputError(f"--repeats must be at least 1, not {options.repeats}")
     model = load(options.model, device=options.device, dtype=options.dtype, backend=options.backend)
     for seconds in options.seconds:
         model.plan(seconds)  # reject a bad length before any work
-    print("clip        text     per step   per block   guided   decode   (ms)")
-    for row in tune(model, options.seconds, options.repeats):
+    print("clip        clips     text     per step   per block   guided   decode   (ms)")
+    for row in model.tune(options.seconds, options.repeats).rows:
         print(
-            f"{row.seconds:6.1f} s {1e3 * row.text:8.2f} {1e3 * row.evaluation:12.2f} {1e3 * row.block:11.3f} "
+            f"{row.seconds:6.1f} s {row.clips:7d} {1e3 * row.text:8.2f} {1e3 * row.evaluation:12.2f} {1e3 * row.block:11.3f} "
             f"{row.guided:7.2f}x {1e3 * row.decode:8.2f}"
         )
-    print(f"kept in {table_path(model)}")
+    print(f"kept in {model.timings.path}")

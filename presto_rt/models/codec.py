@@ -22,6 +22,7 @@ from ..errors import GenerationError, InvalidInputError
 from .spectral import FRAME_HOP, FRAMES_PER_LATENT, LATENT_HOP, SAMPLE_RATE, SpectralFrames
 
 SIGMA_DATA = 0.5
+SAVED_NAME = "ceiling"  # name of max_log_magnitude in weights files
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,13 @@ class Codec(nn.Module):
         self.register_buffer("synthesis_gain", torch.zeros(bands))
         self.register_buffer("max_log_magnitude", torch.full((2, bands), 20.0))  # nats; 20 limits nothing
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}{SAVED_NAME}"] = destination.pop(f"{prefix}max_log_magnitude")
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # Weights files name this buffer "ceiling".
-        if f"{prefix}ceiling" in state_dict:
-            state_dict[f"{prefix}max_log_magnitude"] = state_dict.pop(f"{prefix}ceiling")
+        if f"{prefix}{SAVED_NAME}" in state_dict:
+            state_dict[f"{prefix}max_log_magnitude"] = state_dict.pop(f"{prefix}{SAVED_NAME}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     feature_scale = 0.5  # log-magnitudes in nats spread by about 2

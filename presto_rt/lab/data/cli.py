@@ -1,4 +1,4 @@
-"""Commands `presto-rt data build` and `presto-rt data info`."""
+"""Commands `presto-rt lab data build` and `presto-rt lab data info`."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def load_manifest(root: str | os.PathLike[str]) -> Manifest:
     """
     path = Path(root) / "manifest.json"
     if not path.is_file():
-        raise InvalidInputError(f"no data set at {root}; build one with `presto-rt data build --root {root}`")
+        raise InvalidInputError(f"no data set at {root}; build one with `presto-rt lab data build --root {root}`")
     try:
         record = json.loads(path.read_text())
         if record.get("version") != VERSION:
@@ -121,7 +121,7 @@ def load_manifest(root: str | os.PathLike[str]) -> Manifest:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInputError(
-            f"{path} is damaged ({error}); repeat `presto-rt data build --root {root}`, which keeps the audio"
+            f"{path} is damaged ({error}); repeat `presto-rt lab data build --root {root}`, which keeps the audio"
         ) from error
 
 

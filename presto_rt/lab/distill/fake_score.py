@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...models.dit import Condition, DiT, fourier
+from ...models.dit import DiT, fourier
 
 FEATURES = 256  # sinusoidal features of the additional input
 
@@ -30,7 +30,7 @@ class FakeScore(DiT):
         nn.init.zeros_(self.origin.weight)
         nn.init.zeros_(self.origin.bias)
 
-    def condition_sum(self, c_noise: Tensor, condition: Condition, budget: Tensor) -> Tensor:
-        """Return `DiT.condition_sum` at full budget plus the embedding of `budget`, here ln(s_g) / 4 (B,)."""
+    def embedding_sum(self, c_noise: Tensor, vector: Tensor, budget: Tensor) -> Tensor:
+        """Return `DiT.embedding_sum` at full budget plus the embedding of `budget`, here ln(s_g) / 4 (B,)."""
         embedding: Tensor = self.origin(fourier(budget, FEATURES).to(self.origin.weight.dtype))
-        return super().condition_sum(c_noise, condition, torch.ones_like(budget)) + embedding
+        return super().embedding_sum(c_noise, vector, torch.ones_like(budget)) + embedding

@@ -149,7 +149,7 @@ class LayerTrainer(DistillationTrainer):
         schedule = budget_schedule(
             c.blocks, share, shifted=o.shifted, sigma_min=c.sigma_min, sigma_max=c.sigma_max, rho=c.rho
         )
-        return replace(schedule, told=o.budget_input)
+        return replace(schedule, budget_input=o.budget_input)
 
     def denoise(
         self, x: Tensor, sigma: Tensor, condition: Condition, layers: LayerSchedule, model: DiT | None = None

@@ -1,4 +1,4 @@
-"""Command `presto-rt eval`: evaluate models on held-out captions."""
+"""Command `presto-rt lab eval`: evaluate models on held-out captions."""
 
 from __future__ import annotations
 
@@ -153,7 +153,9 @@ def _denoising(model: Any, args: argparse.Namespace) -> int:
 
     if model is None:
         raise InvalidInputError("--denoising needs a model; omit --model none")
-    rows = model_errors(model, args.data, split=args.split, seed=args.seed + 1)
+    from ...checkpoints.house import load_model
+
+    rows = model_errors(load_model(args.model or "nano"), args.data, split=args.split, seed=args.seed + 1)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     record = {"environment": environment(), "split": args.split, "rows": [asdict(r) for r in rows]}

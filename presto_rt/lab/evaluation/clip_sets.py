@@ -217,7 +217,7 @@ def generated_clips(
         Clips (2, n) float32, read from the files on access.
     """
     frames = round(seconds * SAMPLE_RATE)
-    origin = {"weights": fingerprint(model.dit, model.codec), "precision": model.precision, "backend": model.backend}
+    origin = {"weights": model.model.digest, **model.backend.fingerprint()}
     settings = json.dumps({"seconds": seconds, **origin, **options}, sort_keys=True, default=str)
     files = [folder / f"{i:04d}-{_digest(f'{prompt}|{seed}|{settings}')}.flac" for i, prompt in enumerate(prompts)]
     start_time, finished = time.monotonic(), 0

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...diffusion.samplers import evaluated_sigmas
+from ...diffusion.trajectory import evaluated_sigmas
 from ...errors import InvalidInputError, MissingDependencyError
-from ...pipeline import Pipeline, load
+from ...loading import load
+from ...pipeline import Pipeline
 from ..data.dataset import items, load_manifest
 from .clip_sets import RENDERED, choose_records, generated_clips, real_clips
 from .report import environment, evaluate
@@ -70,17 +71,17 @@ def plan_cost(model: Pipeline, options: dict[str, Any], seconds: float) -> dict[
     network, two for each guided evaluation; and "blocks", the fraction of blocks that run in them.
     """
     plan = model.plan(seconds, **options)
-    sigmas = evaluated_sigmas(plan.sampler, plan.levels)
+    sigmas = evaluated_sigmas(plan.sampler, plan.sigmas)
     branches = [2 if plan.guidance.active(s) else 1 for s in sigmas]
     blocks = sum(n * len(plan.layers.blocks(s)) for n, s in zip(branches, sigmas, strict=True))
     passes = sum(branches)
     return {
-        "steps": len(plan.levels) - 1,
+        "steps": plan.steps,
         "sampler": plan.sampler,
         "guidance": plan.guidance.scale,
         "nfe": len(sigmas),
         "passes": passes,
-        "blocks": blocks / (passes * model.config.blocks),
+        "blocks": blocks / (passes * model.model.spec.blocks),
     }
 
 
@@ -170,7 +171,7 @@ def compare(
             clips = real_clips(records, root, seconds)
         else:
             model = load(row.model, device=device)
-            entry |= {"digest": model.digest, "plan": plan_cost(model, row.options, seconds)}
+            entry |= {"digest": model.model.digest, "plan": plan_cost(model, row.options, seconds)}
             folder = Path(out) / "clips" / "".join(c if c.isalnum() else "-" for c in row.name)
             prompts = [record["prompt"] for record in records]
             clips = generated_clips(model, prompts, folder, seconds=seconds, seed=seed, batch=batch, **row.options)

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...checkpoints.model import Model
 from ...diffusion.noise import normal
 from ...diffusion.precond import precondition
 from ...errors import InvalidInputError
-from ...models.dit import Condition
-from ...pipeline import Pipeline
+from ...models.dit import Condition, DiT
 from ..training.conditions import LatentSet
 from ..training.latents import load_latents
 from .statistics import Estimate, mean
@@ -187,7 +187,7 @@ def table(rows: Sequence[ErrorRow]) -> str:
 
 
 def load_pieces(folder: str | Path, split: str, max_frames: int = 400_000) -> list[np.ndarray]:
-    """Memory-map the latents (T_i, C) float16 of a split's pieces, written by `presto-rt train encode`.
+    """Memory-map the latents (T_i, C) float16 of a split's pieces, written by `presto-rt lab train encode`.
 
     If there are more than `max_frames` frames, every k-th piece is taken. Raises InvalidInputError if there are no
     latents.
@@ -196,17 +196,17 @@ def load_pieces(folder: str | Path, split: str, max_frames: int = 400_000) -> li
     pieces = [rows[i["start"] : i["start"] + i["frames"]] for i in index["items"][: index["done"]]]
     step = max(1, -(-sum(map(len, pieces)) // max_frames))
     if not pieces:
-        raise InvalidInputError(f"no latents of split {split!r} in {folder}; run `presto-rt train encode`")
+        raise InvalidInputError(f"no latents of split {split!r} in {folder}; run `presto-rt lab train encode`")
     return pieces[::step]
 
 
 def model_errors(
-    model: Pipeline, data_root: str | Path, *, split: str = "test", clips: int = 64, frames: int = 128, seed: int = 1
+    model: Model, data_root: str | Path, *, split: str = "test", clips: int = 64, frames: int = 128, seed: int = 1
 ) -> list[ErrorRow]:
     """Measure the errors of a model on held-out crops, conditioned on their captions, tempo and length.
 
     Args:
-        model: loaded pipeline.
+        model: with its network in plain torch, from `checkpoints.house.load_model`.
         data_root: folder of the data set with its latents; the linear denoiser is fitted to the training split.
         split: held-out split.
         clips: number of crops.
@@ -222,19 +222,22 @@ def model_errors(
     linear = LinearDenoiser.fit(load_pieces(Path(data_root) / "latents", "train"))
     held_out = LatentSet(data_root, split)
     clean, condition = held_out.batch(np.random.default_rng(seed), clips, frames, control_dropout=0.0)
-    config, weight = model.config, next(model.dit.parameters())
+    network, spec = model.network, model.spec
+    if not isinstance(network, DiT):
+        raise InvalidInputError(f"{model.name} has no network in plain torch; load it with load_model")
+    weight = next(network.parameters())
 
     def denoiser(noisy: Tensor, sigma: Tensor, indices: list[int]) -> Tensor:
         part = Condition(*(getattr(condition, f.name)[indices] for f in fields(Condition))).to(weight.device)
         with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
             x = precondition(
-                model.dit,
+                network,
                 noisy.to(weight.device),
                 sigma.to(weight.device),
                 part,
-                kind=config.network,
-                sigma_data=config.sigma_data,
+                kind=spec.prediction_type,
+                sigma_data=spec.sigma_data,
             )
         return x.float().cpu()
 
-    return denoising_errors(clean, linear, denoiser, sigma_data=config.sigma_data)
+    return denoising_errors(clean, linear, denoiser, sigma_data=spec.sigma_data)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ...checkpoints.house import load_codec
 from ...errors import MissingDependencyError
 from ...pipeline import Pipeline
 from ..data.dataset import items, load_manifest
@@ -92,7 +93,7 @@ def evaluate_model(
                 pipeline, prompts, folder / "clips" / label, seconds=seconds, seed=seed, batch=batch, **options
             )
         sets |= codec_controls(
-            model.codec,
+            load_codec(model.model.folder),
             held_out,
             records,
             root / "features" / "clips",

@@ -115,7 +115,7 @@ def _train_base(options: argparse.Namespace) -> None:
 
 
 def _encode(options: argparse.Namespace) -> None:
-    from ...models.codec import load_codec
+    from ...checkpoints.house import load_codec
     from .latents import encode_dataset
 
     encode_dataset(options.data, load_codec(options.codec), Path(options.data) / "latents")

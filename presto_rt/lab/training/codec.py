@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...checkpoints.house import load_codec
 from ...errors import InvalidInputError, WeightsError
-from ...models.codec import Codec, CodecConfig, load_codec
+from ...models.codec import Codec, CodecConfig
 from ...models.spectral import FRAMES_PER_LATENT, LATENT_HOP, SAMPLE_RATE
 from .averaging import Ema
 from .checkpoint import (
@@ -169,7 +170,7 @@ def train_codec(
             rendered_share=settings.rendered_share,
             seed=settings.seed,
         )
-    codec.ceiling.copy_(store.loudest())
+    codec.max_log_magnitude.copy_(store.loudest())
     clips = training_clips(data_root, settings.gain_clips, GAIN_CLIP_SECONDS, settings.seed)
     if clips:
         fit_synthesis_gain(codec, clips)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ...conditioning.keys import Key, key_features, pitch_class
 from ...conditioning.minilm import load_text_encoder
+from ...conditioning.tempo import beat_features
 from ...errors import InvalidInputError
 from ...models.config import HOP, SAMPLE_RATE
-from ...models.dit import Condition, beat_features
+from ...models.dit import Condition
 from ..data.manifest import Item, load_manifest
 
 FRAME_SECONDS = HOP / SAMPLE_RATE

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ...errors import BackendUnavailableError, InvalidInputError
-from ...runtime.cpu.autodtype import fastest_float
+from ...runtime.cpu.autodtype import preferred_float
 
 
 def pick_device(name: str) -> torch.device:
@@ -48,5 +48,5 @@ def compile_blocks(*models: nn.Module, always: bool = False) -> None:
 
 def autocast(device: torch.device) -> torch.autocast:
     """Autocast to bfloat16 where it is the faster matmul dtype: on a GPU and on CPUs that prefer it."""
-    use_bfloat16 = device.type == "cuda" or fastest_float() is torch.bfloat16
+    use_bfloat16 = device.type == "cuda" or preferred_float() is torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16)

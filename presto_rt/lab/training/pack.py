@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...checkpoints import cast_matrices, load_folder, save_folder
+from ...checkpoints.house import load_codec
 from ...errors import InvalidInputError
-from ...models.codec import load_codec
 from .checkpoint import load_checkpoint, run_checkpoint, without_prefix
 
 
@@ -62,7 +62,7 @@ def pack(
 
 def _check(defaults: Any, quality: Any) -> None:
     """Raise InvalidInputError for keys that a loaded model would ignore or for rows that a deadline cannot rank."""
-    from ...pipeline import Defaults
+    from ...request import Defaults
 
     known = [f.name for f in fields(Defaults)]
     if not isinstance(defaults, dict) or set(defaults) - set(known):

@@ -204,9 +204,7 @@ class CudaOps(ReferenceOps):
             return super().qk_norm_rope(qkv, angles, weights, q, k, eps)
         norm = qk_norm_rope.QKNorm("rms", eps, *weights)
         rotary = qk_norm_rope.Rotary(*angles)
-        _, _, v = qk_norm_rope.qk_norm_rope(
-            qkv, q.shape[1], rotary, norm=norm, q_out=q, k_out=k, backend=self.backend
-        )
+        _, _, v = qk_norm_rope.qk_norm_rope(qkv, q.shape[1], rotary, norm=norm, q_out=q, k_out=k, backend=self.backend)
         return v
 
     def attention(
