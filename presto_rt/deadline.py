@@ -65,8 +65,8 @@ class LatencyTable:
         """
         if not self.covers(seconds):
             raise InvalidInputError(
-                f"no timings for clips of {seconds:g} s on this machine: run `presto-rt tune --seconds {seconds:g}`, or "
-                "load the model with auto_tune=True"
+                f"no timings for clips of {seconds:g} s on this machine: run `presto-rt tune --seconds {seconds:g}`, "
+                "or load the model with auto_tune=True"
             )
         lower = max(row.seconds for row in self.rows if row.seconds <= seconds)
         upper = min(row.seconds for row in self.rows if row.seconds >= seconds)

@@ -48,8 +48,8 @@ def load(
         name: of a shipped model, or a folder.
         device: "auto" takes a CUDA GPU where there is one; "cpu" or "cuda".
         dtype: of the transformer's products. "auto" is bfloat16 on a GPU, and on a CPU the fastest of bfloat16, float32
-            and "int8" there (`runtime.cpu.autodtype`). "int8" computes products in 8-bit integers, with a scale for each
-            token and output channel (docs/cpu.md has its error). "fp8" is bfloat16 with the products in fp8 whose
+            and "int8" there (`runtime.cpu.autodtype`). "int8" computes products in 8-bit integers, with a scale for
+            each token and output channel (docs/cpu.md has its error). "fp8" is bfloat16 with the products in fp8 whose
             error is small (backend "graph"). Name one where every processor must round alike.
         backend: "cpu" for C++ and oneDNN; "graph" for a request as one CUDA graph (on a CPU: as one recorded function);
             "eager" for plain torch; "auto" takes the device's backend where it is available, else eager, and logs why.
@@ -149,7 +149,7 @@ def create_backend(
     Raises:
         BackendUnavailableError: for a fused backend and a model without weights under neutral names.
     """
-    codec = model.autoencoder
+    codec: object = model.autoencoder
     if name == "eager":
         from .runtime.eager.backend import EagerBackend
 
@@ -160,7 +160,7 @@ def create_backend(
         assert model.network is not None
         return EagerBackend(
             model.network,
-            codec,
+            model.autoencoder,
             model.conditioner,
             channels=model.spec.channels,
             device=device,

@@ -44,8 +44,10 @@ class Pipeline:
     def __init__(self, model: Model, backend: Backend, *, auto_tune: bool = False) -> None:
         self.model, self.backend, self.auto_tune = model, backend, auto_tune
 
-    @overload
-    def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> Audio: ...
+    @overload  # a str is a Sequence[str]; the first overload wins
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: str, **options: Unpack[GenerationOptions]
+    ) -> Audio: ...
 
     @overload
     def generate(self, prompt: Sequence[str], **options: Unpack[GenerationOptions]) -> list[Audio]: ...
@@ -54,8 +56,8 @@ class Pipeline:
         """Generate music for one prompt (an Audio) or for several (a list of them).
 
         The options, with their defaults and ranges, are the fields of `request.GenerationRequest`: negative_prompt,
-        seconds, bpm, key, steps, sampler, guidance, guidance_interval, cfg_pp, layers, deadline_ms, seed, sample_format,
-        callback.
+        seconds, bpm, key, steps, sampler, guidance, guidance_interval, cfg_pp, layers, deadline_ms, seed,
+        sample_format, callback.
 
         Raises:
             InvalidInputError: for arguments out of range.
@@ -161,12 +163,12 @@ class Pipeline:
 
     def tune(self, lengths: Sequence[float], repeats: int = 3) -> LatencyTable:
         """Measure clips of these lengths in seconds and keep the costs. Returns the whole table."""
-        rows = []
+        table = self.timings.load()
         for seconds in lengths:
             largest = self.backend.max_batch(self.plan(seconds).frames)
             for clips in sorted({1, min(4, largest), largest}):
-                rows.append(measure(self._probe, seconds, self.model.spec.blocks, clips=clips, repeats=repeats))
-        table = self.timings.load().merged(rows)
+                row = measure(self._probe, seconds, self.model.spec.blocks, clips=clips, repeats=repeats)
+                table = table.merged([row])
         self.timings.save(table)
         return table
 

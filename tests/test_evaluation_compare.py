@@ -264,7 +264,7 @@ def test_pack_takes_the_codec_from_a_model(tmp_path: Path) -> None:
 
     folder = write_tiny_model(tmp_path / "tiny")
     pack_network(tmp_path / "network", folder)
-    assert set(weights.load(tmp_path / "network").parts) == {"dit"}
+    assert set(load_folder(tmp_path / "network").parts) == {"dit"}
     pack(
         tmp_path / "whole",
         codec_run=folder,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
-from presto_rt.kernels import adaln
+from presto_rt.kernels.adaln import Modulation, adaln
 
 FLASHINFER_WIDTH = 3072
 

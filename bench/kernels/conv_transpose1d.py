@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
 from presto_rt.kernels.conv_transpose1d import conv_transpose1d, pack
+from presto_rt.kernels.snake_conv1d import Snake
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
-from presto_rt.kernels.gemm import linear
+from presto_rt.kernels.gemm import Fp8Scales, linear
 
 FP8 = torch.float8_e4m3fn
 

@@ -8,8 +8,8 @@ import torch
 
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
-from presto_rt.kernels.edm_step import seeds_tensor
 from presto_rt.kernels.pcm import pcm
+from presto_rt.kernels.sampler_step import seeds_tensor
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
-from presto_rt.kernels.qk_norm_rope import qk_norm_rope, rotary_table
+from presto_rt.kernels.qk_norm_rope import QKNorm, Rotary, qk_norm_rope
+from presto_rt.models.dit import rotary_table
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:

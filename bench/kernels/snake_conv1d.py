@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from bench.kernels.harness import Case, size
 from bench.kernels.shapes import shapes
-from presto_rt.kernels.snake_conv1d import pack, snake_conv1d
+from presto_rt.kernels.snake_conv1d import Snake, pack, snake_conv1d
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,8 @@ def transformer_weights(dit: DiT, device: torch.device | str = "cpu") -> Transfo
         norms = ("q_norm", "k_norm", "cross_q_norm", "cross_k_norm")
         layers = {name: linear(prefix + name) for name in names}
         weights = {name: state[f"{prefix}{name}.weight"] for name in norms}
-        return BlockWeights(**layers, **weights)
+        tensors: dict[str, Any] = {**layers, **weights}
+        return BlockWeights(**tensors)
 
     blocks = tuple(block(index) for index in range(dit.config.blocks))
     local = state["beat.weight"]

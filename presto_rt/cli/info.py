@@ -132,7 +132,7 @@ def _gpus() -> dict[str, Any]:
 def _backends() -> dict[str, dict[str, Any]]:
     """Return for each backend if it is usable on this machine, and the reason."""
     from .. import native
-    from ..runtime.cpu.ops import unavailable
+    from ..runtime.cpu.ops import unsupported_reason
 
     gpus = _gpus()
     operators = "torch with C++ operators" if native.lib is not None else "torch alone"
@@ -142,7 +142,7 @@ def _backends() -> dict[str, dict[str, Any]]:
         cuda = {"usable": True, "why": "torch alone; pip install 'presto-rt[triton]' for the kernels"}
     else:
         cuda = {"usable": True, "why": "Triton kernels, a request in one CUDA graph"}
-    reason = unavailable()
+    reason = unsupported_reason()
     isa = native.lib.isa() if native.lib is not None else ""
     engine = {"usable": reason is None, "why": reason or f"C++ for {isa} and oneDNN"}
     return {"cpu": {"usable": True, "why": operators}, "engine": engine, "cuda": cuda}

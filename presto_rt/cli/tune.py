@@ -38,7 +38,8 @@ def _run(options: argparse.Namespace) -> None:
     print("clip        clips     text     per step   per block   guided   decode   (ms)")
     for row in model.tune(options.seconds, options.repeats).rows:
         print(
-            f"{row.seconds:6.1f} s {row.clips:7d} {1e3 * row.text:8.2f} {1e3 * row.evaluation:12.2f} {1e3 * row.block:11.3f} "
+            f"{row.seconds:6.1f} s {row.clips:7d} {1e3 * row.text:8.2f} {1e3 * row.evaluation:12.2f} "
+            f"{1e3 * row.block:11.3f} "
             f"{row.guided:7.2f}x {1e3 * row.decode:8.2f}"
         )
     print(f"kept in {model.timings.path}")

@@ -1,7 +1,7 @@
 """Inputs of a conditioned network: four ports that every diffusion transformer of the family has.
 
-A model's own fields (a pooled caption, a tempo, a length) are packed into these ports by its conditioner. Plans, buffers
-and backends know the ports alone.
+A model's own fields (a pooled caption, a tempo, a length) are packed into these ports by its conditioner. Plans,
+buffers and backends know the ports alone.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ TokenEncoder = Callable[[Tensor, Tensor], Tensor]
 class Conditioning:
     """Conditioning of N network inputs.
 
-    cross: (N, S, C) token states for cross-attention. cross_lengths: (N,) int32, number of valid tokens; they come
-    first. vector: (N, V) fp32, global inputs of the modulation. local: (N, T, L) fp32, one vector for each latent frame.
+    cross: (N, S, C) token states for cross-attention. cross_lengths: (N,) int32, number of valid tokens, which come
+    first. vector: (N, V) fp32, global inputs of the modulation. local: (N, T, L) fp32, a vector for each latent frame.
     """
 
     cross: Tensor

@@ -71,8 +71,8 @@ class LayerSchedule:
     """Blocks that run at each noise level.
 
     rows: (upper sigma, blocks) in rising order of sigma; a noise level uses the first row whose upper sigma is at least
-    its own, and the last row's upper sigma is infinity. Blocks are indices in rising order. budget_input: the network was
-    trained with the share of blocks as an input; one that was not (ASE) always gets a budget of 1.
+    its own, and the last row's upper sigma is infinity. Blocks are indices in rising order. budget_input: the network
+    was trained with the share of blocks as an input; one that was not (ASE) always gets a budget of 1.
     """
 
     depth: int

@@ -10,8 +10,8 @@ and its nine coefficients, computed here in fp64, are all that the loop over cal
 the samplers: the eager loop (`sample`), the C++ and Triton operators and captured graphs all read `StepCoefficients`.
 
 In the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma (Karras et al. 2022, equation 1 with s(t) = 1). The
-anchor of a noise estimate is D itself, or with CFG++ (Chung et al. 2024) the unconditional D, so that guidance moves the
-estimate of x_0 and not the noise that is put back.
+anchor of a noise estimate is D itself, or with CFG++ (Chung et al. 2024) the unconditional D, so that guidance moves
+the estimate of x_0 and not the noise that is put back.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def dpmpp_2s(denoiser: LinearDenoiser, sigmas: Sigmas) -> Iterator[Update]:
 
 
 def few_step(denoiser: LinearDenoiser, sigmas: Sigmas) -> Iterator[Update]:
-    """The stochastic sampler of distilled models: x_0 = D(x; s), x' = x_0 + s' n with fresh noise (method of Presto-S)."""
+    """The stochastic sampler of distilled models: x_0 = D(x; s), x' = x_0 + s' n with fresh noise."""
     for i, (s, s_next) in enumerate(itertools.pairwise(sigmas)):
         stream = i + 1 if s_next > 0 else None
         yield Update(s, denoiser.denoised(s)[0], ZERO, noise=s_next, noise_stream=stream, step=i + 1)

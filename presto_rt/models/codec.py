@@ -132,8 +132,8 @@ class Decoder(nn.Module):
 class Codec(nn.Module):
     """Autoencoder between stereo samples and latents.
 
-    Buffers: mean of the features per band; mean and scale of the latents; synthesis_gain per band (nats), which makes up
-    for the cancellation between neighbouring frames of imperfect phase; max_log_magnitude, the largest log-magnitude of
+    Buffers: mean of the features per band; mean and scale of the latents; synthesis_gain per band (nats), which makes
+    up for the cancellation between neighbouring frames of imperfect phase; max_log_magnitude, the largest log-magnitude of
     the training audio per band, which decoding never exceeds: sampled latents are not exactly those of any sound, and
     an error in a logarithm is audible as a burst.
     """

@@ -297,7 +297,7 @@ class DiT(nn.Module):
 
 
 def drop_text(model: DiT, condition: Condition, dropped: Tensor) -> Condition:
-    """Drop text and key of the clips where `dropped` (B,) is True, as `DiT.null` does: condition dropout of training."""
+    """Drop text and key of the clips where `dropped` (B,) is True, as `DiT.null` does: dropout in training."""
     null_text = F.pad(model.null_text, (0, 0, 0, condition.text.shape[1] - 1)).to(condition.text.dtype)
     null_mask = torch.zeros_like(condition.text_mask)
     null_mask[:, 0] = True

@@ -15,58 +15,48 @@ FOUND = re.findall(r"^### ([^\n]+)\n(.*?)(?=^##|\Z)", TEXT, re.MULTILINE | re.DO
 SECTIONS = {title.split(",")[0]: body for title, body in FOUND}
 
 
-def names() -> dict[str, object]:
-    """Return the variables that the examples take from their surroundings: a small transformer and a decoder's layers."""
+def variables() -> dict[str, object]:
+    """Return what the examples take from their surroundings: a small transformer and layers of a decoder."""
     torch.manual_seed(0)
     width, heads, tokens = 64, 4, 9
     q, k, v = torch.randn(3, 1, heads, tokens, 16)
-    linear = torch.nn.Linear
     x = torch.randn(1, tokens, width)
-    return {
-        "torch": torch,
+    latents = {name: torch.randn(1, 689, 64) for name in ("history", "f_c", "f_u", "network_input")}
+    transformer = {
         "steps": 4,
         "step": 1,
         "blocks": 2,
-        "block": 1,
         "width": width,
         "heads": heads,
-        "head_dim": 16,
-        "tokens": tokens,
         "x": x,
         "y": x,
         "branch": x + 1,
-        "residual": x,
+        "angles": torch.randn(tokens, 8),
         "qkv_weight": torch.randn(3 * width, width),
         "q_norm": torch.ones(16),
         "k_norm": torch.ones(16),
-        "k_norms": torch.ones(2, 16),
         "q": q,
         "k": k,
         "v": v,
         "lengths": torch.tensor([5], dtype=torch.int32),
-        "states": torch.randn(1, 7, 24),
         "q_projection": x,
-        "stacked_weights": torch.randn(2, 2 * width, 24),
-        "up": linear(width, 128),
-        "down": linear(128, width),
-        "table": torch.randn(48, width),
-        "base": torch.zeros(1, dtype=torch.int32),
-        "s": torch.rand(128),
+        "keys": torch.randn(1, heads, 7, 16),
+        "values": torch.randn(1, heads, 7, 16),
+        "up": torch.nn.Linear(width, 128),
+        "weight_scale": torch.rand(128),
         "y8": x.to(torch.float8_e4m3fn),
         "up8": torch.randn(128, width).to(torch.float8_e4m3fn),
-        "c_skip": 0.1,
-        "c_out": 0.4,
-        "c_in": 1.1,
-        "sigma_next": 0.5,
-        "conditional": torch.randn(1, 689, 64),
-        "unconditional": torch.randn(1, 689, 64),
-        "head": torch.randn(2, 5, 1026),
+        "coefficients": torch.randn(9),
+    }
+    decoder = {
+        "samples": torch.randn(1, 2, 50),
         "seeds": torch.tensor([7]),
         "layer": torch.nn.ConvTranspose1d(9, 9, 16, 8, 4),
         "conv": torch.nn.Conv1d(9, 9, 7),
-        "a": torch.ones(9),
-        "b": torch.ones(9),
+        "alpha": torch.ones(9),
+        "beta": torch.ones(9),
     }
+    return {"torch": torch, **latents, **transformer, **decoder}
 
 
 def test_docs_have_a_section_and_rows_for_every_operator():
@@ -86,4 +76,4 @@ def test_docs_example_runs_in_five_lines(section):
     assert len(lines) <= 5
     program = "\n".join(lines).replace('"cuda"', '"cpu"').replace(".cuda()", ".cpu()")
     with torch.no_grad():
-        exec(compile(program, section, "exec"), names())
+        exec(compile(program, section, "exec"), variables())

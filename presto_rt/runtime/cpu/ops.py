@@ -39,8 +39,8 @@ class CpuOps:
     Args:
         dtype: of the activations, float32 or bfloat16.
         threads: of every operator; None for torch's number.
-        int8: products of at least INT8_MIN_INPUTS inputs are computed in 8-bit integers, with a scale for each token and
-            output channel.
+        int8: products of at least INT8_MIN_INPUTS inputs are computed in 8-bit integers, with a scale for each token
+            and output channel.
         exact_int8: int8 products in fp64 arithmetic, exact and slow, on any processor; else oneDNN's, which need VNNI.
 
     Raises:

@@ -1,7 +1,7 @@
 """Keys of captured graphs, and the static buffers that hold everything else of a request.
 
-A clip of any length runs in a bucket: a graph for slightly more latent frames, in which everything beyond the clip's end
-is masked. Numbers of clips go up to powers of two. So a small number of graphs serves all requests.
+A clip of any length runs in a bucket: a graph for slightly more latent frames, in which everything beyond the clip's
+end is masked. Numbers of clips go up to powers of two. So a small number of graphs serves all requests.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Matrix products in fp8 where the error is small: weights with a scale for each output, inputs with a static scale for
 each product of each network call.
 
-The schedule of noise levels is fixed, so the range of every product's input is measured beforehand, on four prompts. The
-operator before the product then leaves its result in fp8, divided by that scale: the norm for "qkv", "cross_q" and "up",
-GELU for "down". Attention's results and the layers at both ends stay in the activations' dtype. A product whose error
+The schedule of noise levels is fixed, so the range of every product's input is measured beforehand, on four prompts.
+The operator before the product then leaves its result in fp8, divided by that scale: the norm for "qkv", "cross_q" and
+"up", GELU for "down". Attention's results and the layers at both ends stay in the activations' dtype. A product whose error
 against the same product unrounded is over a threshold stays too: the choice is part of the graph.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from ..backend import Job
 from ..dit import Memory, PackedTransformer, denoise
 from ..ops import PackedLinear
 from ..plan import CompiledPlan, LatentEdit
-from .ops import FP8, CudaLinear, CudaOps, DenseWeights
+from .ops import FP8, CudaLinear, CudaOps
 
 LAYERS = ("qkv", "cross_q", "up", "down")
 PROMPTS = (
@@ -36,8 +37,8 @@ PROMPTS = (
 class Fp8:
     """Settings of the calibration.
 
-    threshold: relative root-mean-square error above which a product is not computed in fp8; rounding to e4m3's 3 bits of
-    mantissa alone costs a product 3.7 %. margin: room above the largest input of the calibration.
+    threshold: relative root-mean-square error above which a product is not computed in fp8; rounding to e4m3's 3 bits
+    of mantissa alone costs a product 3.7 %. margin: room above the largest input of the calibration.
     """
 
     threshold: float = 0.045
@@ -86,7 +87,7 @@ class RangeObserver(CudaOps):
     def linear(
         self,
         x: Tensor,
-        weights: DenseWeights,
+        weights: PackedLinear,
         out: Tensor | None,
         activation: str = "none",
         out_scale: float | None = None,
@@ -104,7 +105,7 @@ class RangeObserver(CudaOps):
                 out_dtype=torch.float32,
                 backend="auto" if x.is_cuda else "torch",
             )
-            exact = torch.nn.functional.linear(x, weights.weight).float()
+            exact = torch.nn.functional.linear(x, dense(weights).weight).float()
             product.squared_error = product.squared_error + (rounded - exact).square().sum()
             product.squared_result = product.squared_result + exact.square().sum()
         return super().linear(x, weights, out, activation, out_scale)
@@ -151,7 +152,9 @@ def calibrate(
     for call in runs[0][0].calls:
         blocks = list(packed.blocks)
         for block in call.blocks:
-            copies = {name: replace(dense(getattr(blocks[block], name))) for name in LAYERS}  # this call's own objects
+            copies: dict[str, Any] = {
+                name: replace(dense(getattr(blocks[block], name))) for name in LAYERS
+            }  # this call's own objects
             blocks[block] = replace(blocks[block], **copies)
             for name, weights in copies.items():
                 statistics[id(weights)] = ProductStatistics(rounded[block][name], zero, zero, zero)
@@ -169,7 +172,7 @@ def calibrate(
     for number, (call, weights_of_call) in enumerate(zip(runs[0][0].calls, per_call, strict=True)):
         blocks = list(weights_of_call.blocks)
         for block in call.blocks:
-            replaced: dict[str, CudaLinear] = {}
+            replaced: dict[str, Any] = {}
             for name in LAYERS:
                 key = id(getattr(weights_of_call.blocks[block], name))
                 product = statistics[key]

@@ -1,7 +1,7 @@
 """Table of operators for CUDA GPUs: `presto_rt.kernels` (Triton) between matrix products by cuBLASLt or Triton.
 
-Everything between two products is one kernel, results go to buffers of the arena, and everything that may change between
-two replays of a captured graph is read from the device. On CPU tensors the kernels run in Triton's interpreter where it
+Everything between two products is one kernel, results go to buffers of the arena, and everything that may change
+between two replays of a captured graph is read from the device. On CPU tensors the kernels run in Triton's interpreter where it
 is enabled, and otherwise as their torch references, so the same table is tested, and usable, everywhere.
 """
 
@@ -19,7 +19,7 @@ from ...kernels import adaln, attention, cross_attention, gemm, qk_norm_rope, ru
 from ...kernels.autotune import KernelSelector
 from ...models import spectral
 from ..eager.ops import DenseWeights, ReferenceOps
-from ..ops import Modulation, SamplerBuffers, Seeds
+from ..ops import Modulation, PackedLinear, SamplerBuffers, Seeds
 from ..plan import LatentEdit, PlannedCall
 from ..spec import NetworkSpec
 
@@ -93,12 +93,13 @@ class CudaOps(ReferenceOps):
     def linear(
         self,
         x: Tensor,
-        weights: DenseWeights,
+        weights: PackedLinear,
         out: Tensor | None,
         activation: str = "none",
         out_scale: float | None = None,
     ) -> Tensor:
         """See `Ops.linear`."""
+        assert isinstance(weights, DenseWeights)
         assert out is not None  # this table does not allocate outputs
         if weights.input_scale is not None or out_scale is not None:
             weight_scale = weights.weight_scale if isinstance(weights, CudaLinear) else None
@@ -148,7 +149,7 @@ class CudaOps(ReferenceOps):
         def triton(out: Tensor) -> Tensor:
             return gemm.linear(x, weights.weight, b, activation=activation, out=out, backend="triton")
 
-        ways = {"cublas": cublas, "triton": triton}
+        ways: dict[str, Callable[[Tensor], Tensor]] = {"cublas": cublas, "triton": triton}
         if activation == "gelu_tanh" and b is not None and x.is_cuda and x.dtype != torch.float32:
             ways["cublas, epilogue"] = epilogue
         return ways

@@ -123,8 +123,10 @@ class CudaGraphReplay:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Return True if the exception or any of its causes is an out-of-memory error: of torch, Python, the driver, torch's
-    CPU allocator or a CUDA library (CUBLAS_STATUS_ALLOC_FAILED)."""
+    """Return True if the exception or any of its causes is an out-of-memory error.
+
+    It may be one of torch, Python, the driver, torch's CPU allocator or a CUDA library (CUBLAS_STATUS_ALLOC_FAILED).
+    """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -15,7 +15,7 @@ from ...models import spectral
 from ...models.rotary import rotate
 from ...models.spectral import FRAME_HOP, N_FFT, PAD, SpectralFrames
 from ..codec import valid_mask
-from ..ops import Capabilities, Modulation, SamplerBuffers, Seeds
+from ..ops import Capabilities, Modulation, PackedLinear, SamplerBuffers, Seeds
 from ..plan import LatentEdit, PlannedCall
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -57,12 +57,13 @@ class ReferenceOps:
     def linear(
         self,
         x: Tensor,
-        weights: DenseWeights,
+        weights: PackedLinear,
         out: Tensor | None,
         activation: str = "none",
         out_scale: float | None = None,
     ) -> Tensor:
         """See `Ops.linear`."""
+        assert isinstance(weights, DenseWeights)
         if out_scale is not None or weights.input_scale is not None:
             raise BackendUnavailableError("fp8 products need the CUDA table; choose another precision")
         y = ACTIVATIONS[activation](F.linear(x, weights.weight, weights.bias))
