@@ -60,8 +60,10 @@ _pipelines: dict[str, Pipeline] = {}
 _loading = threading.Lock()
 
 
-@overload
-def generate(prompt: str, *, model: Name = "nano", **options: Unpack[GenerationOptions]) -> Audio: ...
+@overload  # a str is a Sequence[str]; the first overload wins
+def generate(  # type: ignore[overload-overlap]
+    prompt: str, *, model: Name = "nano", **options: Unpack[GenerationOptions]
+) -> Audio: ...
 
 
 @overload

@@ -10,6 +10,7 @@ import torch
 
 from .checkpoints.house import load_model
 from .checkpoints.model import Model
+from .conditioning.text_conditioner import TextConditioner
 from .errors import BackendUnavailableError, InvalidInputError
 from .models.codec import Codec
 from .pipeline import Pipeline
@@ -149,15 +150,13 @@ def create_backend(
     Raises:
         BackendUnavailableError: for a fused backend and a model without weights under neutral names.
     """
-    codec: object = model.autoencoder
     if name == "eager":
         from .runtime.eager.backend import EagerBackend
 
-        if isinstance(model.network, torch.nn.Module):
-            model.network.to(device, precision.dtype)
-        if isinstance(codec, torch.nn.Module):
-            codec.to(device)
         assert model.network is not None
+        for part in (model.network, model.autoencoder):
+            if isinstance(part, torch.nn.Module):
+                part.to(device, precision.dtype if part is model.network else torch.float32)
         return EagerBackend(
             model.network,
             model.autoencoder,
@@ -166,14 +165,15 @@ def create_backend(
             device=device,
             dtype=precision.dtype,
         )
-    if model.transformer is None or not isinstance(codec, Codec):
+    codec, conditioner = model.autoencoder, model.conditioner
+    if model.transformer is None or not isinstance(codec, Codec) or not isinstance(conditioner, TextConditioner):
         raise BackendUnavailableError(f"{model.name} has no fused program: choose backend='eager'")
     weights = model.transformer(device)
     backend: Backend
     if name == "cpu":
         from .runtime.cpu.backend import CpuBackend
 
-        backend = CpuBackend(weights, model.spec, codec, model.conditioner, precision=precision, threads=threads)
+        backend = CpuBackend(weights, model.spec, codec, conditioner, precision=precision, threads=threads)
     else:
         from .runtime.cuda.backend import GraphBackend
         from .runtime.cuda.fp8 import Fp8
@@ -181,7 +181,7 @@ def create_backend(
 
         ops = CudaOps(precision.dtype, device, backend="torch" if device.type == "cpu" else "auto")
         fp8 = Fp8() if precision.name == "fp8" else None
-        backend = GraphBackend(weights, model.spec, codec, model.conditioner, ops, limits=limits, fp8=fp8)
+        backend = GraphBackend(weights, model.spec, codec, conditioner, ops, limits=limits, fp8=fp8)
     # Packed and unpacked weights are not both kept; the codec's encoder stays for `Pipeline.encode`.
     model.network = model.transformer = None
     codec.release_decoder()

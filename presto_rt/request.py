@@ -210,7 +210,7 @@ class GenerationRequest:
 def number(name: str, value: object, low: float, high: float) -> float:
     """Return Python's or NumPy's number as a float in [low, high]. Raises InvalidInputError for all else, NaN and bool
     included. name: of the argument, for the error."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
         raise InvalidInputError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
     return float(value)
 

@@ -44,7 +44,8 @@ def karras_sigmas(
 def inference_sigmas(u: Tensor, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
     """Return the noise levels at positions u in [0, 1] of the sampler's ladder, p(s_inf); u = 0 is sigma_max."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return (high + u * (low - high)) ** rho
+    sigmas: Tensor = (high + u * (low - high)) ** rho
+    return sigmas
 
 
 def few_step_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> list[float]:
@@ -63,7 +64,8 @@ def _check_steps(steps: int) -> None:
 
 def training_sigmas(u: Tensor, mean: float = P_MEAN, std: float = P_STD) -> Tensor:
     """Return training noise levels p(s_train), ln sigma ~ N(mean, std^2), from uniform u in (0, 1)."""
-    return (mean + std * torch.special.ndtri(u)).exp()
+    sigmas: Tensor = (mean + std * torch.special.ndtri(u)).exp()
+    return sigmas
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ class Block(nn.Module):
         mixed = padded[:, :count] * self.mix[0]
         for k in range(1, self.kernel):
             mixed = mixed + padded[:, k : k + count] * self.mix[k]
-        return x + self.down(F.silu(self.up(self.norm(mixed))))
+        result: Tensor = x + self.down(F.silu(self.up(self.norm(mixed))))
+        return result
 
 
 def _zero(layer: nn.Linear) -> nn.Linear:
@@ -124,18 +125,19 @@ class Decoder(nn.Module):
         count = z.shape[1] * FRAMES_PER_LATENT
         x = self.split(self.blocks(self.stem(z)))
         x = self.norm(self.frame_blocks(x.view(z.shape[0], count, self.frame_width)))
-        return (self.linear(z).view(z.shape[0], count, -1).float() + self.head(x).float()).unflatten(
+        result: Tensor = (self.linear(z).view(z.shape[0], count, -1).float() + self.head(x).float()).unflatten(
             -1, (3, self.bands)
         )
+        return result
 
 
 class Codec(nn.Module):
     """Autoencoder between stereo samples and latents.
 
     Buffers: mean of the features per band; mean and scale of the latents; synthesis_gain per band (nats), which makes
-    up for the cancellation between neighbouring frames of imperfect phase; max_log_magnitude, the largest log-magnitude of
-    the training audio per band, which decoding never exceeds: sampled latents are not exactly those of any sound, and
-    an error in a logarithm is audible as a burst.
+    up for the cancellation between neighbouring frames of imperfect phase; max_log_magnitude, the largest log-magnitude
+    of the training audio per band, which decoding never exceeds: sampled latents are not exactly those of any sound,
+    and an error in a logarithm is audible as a burst.
     """
 
     feature_mean: Tensor
@@ -200,7 +202,8 @@ class Codec(nn.Module):
         if sample:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device if generator else None)
             mean = mean + torch.exp(0.5 * log_variance) * noise.to(mean)
-        return (mean - self.latent_mean) * self.latent_scale
+        result: Tensor = (mean - self.latent_mean) * self.latent_scale
+        return result
 
     def decode_features(self, latents: Tensor) -> Tensor:
         """Latents (B, T, C) at std 0.5 -> log-magnitudes of mid and side and their cosine, (B, 4 T, 3, bands).

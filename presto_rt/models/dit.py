@@ -133,21 +133,25 @@ class Block(nn.Module):
         x = x + gate_a * self.attention(norm(x) * (1 + scale_a) + shift_a, rope)
         x = x + self.cross_attention(norm(x), text, text_mask)
         h = norm(x) * (1 + scale_m) + shift_m
-        return x + gate_m * self.down(F.gelu(self.up(h), approximate="tanh"))
+        result: Tensor = x + gate_m * self.down(F.gelu(self.up(h), approximate="tanh"))
+        return result
 
     def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        result: Tensor = x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        return result
 
     def attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = (self.split(t) for t in self.qkv(x).chunk(3, -1))
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        return self.out(attend(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2))
+        result: Tensor = self.out(attend(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2))
+        return result
 
     def cross_attention(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         q = self.cross_q_norm(self.split(self.cross_q(x)))
         k, v = (self.split(t) for t in self.cross_kv(text).chunk(2, -1))
         y = attend(q.to(v.dtype), self.cross_k_norm(k).to(v.dtype), v, text_mask[:, None, None])
-        return self.cross_out(y.transpose(1, 2).flatten(2))
+        result: Tensor = self.cross_out(y.transpose(1, 2).flatten(2))
+        return result
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -161,7 +165,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, -1e4)
-    return scores.softmax(-1).to(v.dtype) @ v
+    result: Tensor = scores.softmax(-1).to(v.dtype) @ v
+    return result
 
 
 def norm(x: Tensor) -> Tensor:
@@ -204,7 +209,7 @@ class DiT(nn.Module):
 
     def embedding_sum(self, c_noise: Tensor, vector: Tensor, budget: Tensor) -> Tensor:
         """Return `embed` before its SiLU: the sum of one embedding for each input."""
-        dtype = self.noise[0].weight.dtype
+        dtype = self.length.weight.dtype
         pooled, seconds, key = unpack_vector(vector)
         total = self.noise(fourier(c_noise, 256).to(dtype))
         total = total + self.length(fourier(seconds.clamp_min(0.1).log() / 5, 256).to(dtype))
@@ -212,7 +217,8 @@ class DiT(nn.Module):
         # Gated to high noise; low-noise gradients would otherwise dominate this input's training.
         sigma = sigma_of(c_noise.float(), self.config.network, self.config.sigma_data)
         gate = (1 / (1 + (KEY_SIGMA / sigma) ** 2))[:, None]
-        return total + self.pooled(pooled.to(dtype)) + self.key((gate * key).to(dtype))
+        result: Tensor = total + self.pooled(pooled.to(dtype)) + self.key((gate * key).to(dtype))
+        return result
 
     @torch.no_grad()
     def reset_budget_embedding(self) -> None:
@@ -222,7 +228,7 @@ class DiT(nn.Module):
         arbitrary (half of the blocks, sigma 24: the base model's error rose by a quarter).
         """
         full = fourier(torch.ones(1, device=self.budget.weight.device), 256)[0].to(self.budget.weight.dtype)
-        self.budget.bias += self.budget.weight @ full
+        self.budget.bias.add_(self.budget.weight @ full)
         self.budget.weight.zero_()
 
     def null(self, like: Condition) -> Condition:
@@ -253,11 +259,13 @@ class DiT(nn.Module):
         run = range(len(self.blocks)) if blocks is None else blocks
         h, cond = self.trunk(x, c_noise, condition, run, len(run) / len(self.blocks) if budget is None else budget)
         shift, scale = self.modulation(cond)[:, None].chunk(2, -1)
-        return self.output(norm(h) * (1 + scale) + shift)
+        result: Tensor = self.output(norm(h) * (1 + scale) + shift)
+        return result
 
     def raw(self, x: Tensor, time: Tensor, conditioning: Conditioning, blocks: Sequence[int], budget: float) -> Tensor:
         """Return the raw output for a conditioning by ports: the runtime's `Network`."""
-        return self(x, time, Condition.from_ports(conditioning), blocks, budget)
+        result: Tensor = self(x, time, Condition.from_ports(conditioning), blocks, budget)
+        return result
 
     def hidden(
         self, x: Tensor, c_noise: Tensor, condition: Condition, depth: int, budget: float | Tensor = 1.0

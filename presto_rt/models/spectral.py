@@ -80,7 +80,8 @@ def mel_density(centres: np.ndarray) -> np.ndarray:
     hz = centres * SAMPLE_RATE / N_FFT
     edges = np.concatenate([[hz[0]], 0.5 * (hz[1:] + hz[:-1]), [hz[-1]]])
     width = np.diff(_mel(edges))
-    return width / width.mean()
+    result: np.ndarray = width / width.mean()
+    return result
 
 
 class SpectralFrames(nn.Module):
@@ -119,7 +120,8 @@ class SpectralFrames(nn.Module):
         """(..., 2048 T) float32 samples -> complex spectra (..., 4 T, 1025); a full-scale sine has magnitude 1."""
         padded = F.pad(samples, (PAD, PAD))
         frames = padded.unfold(-1, N_FFT, FRAME_HOP) * (self.window * (4.0 / N_FFT))
-        return torch.fft.rfft(frames)
+        result: Tensor = torch.fft.rfft(frames)
+        return result
 
     def _to_bands(self, power: Tensor) -> Tensor:
         return torch.cat([power[..., : self.exact], power[..., self.exact :] @ self.averages], -1)
@@ -165,7 +167,8 @@ class SpectralFrames(nn.Module):
             total[..., part : part + count, :] += pieces[..., part, :]
             weight[part : part + count] += squares[part]
         samples = (total / weight.clamp_min(1e-3)).flatten(-2)
-        return samples[..., PAD : PAD + count * FRAME_HOP]
+        result: Tensor = samples[..., PAD : PAD + count * FRAME_HOP]
+        return result
 
     def spectra(
         self, features: Tensor, gain: Tensor | None = None, phases: Callable[[Tensor], Tensor] | None = None
@@ -236,6 +239,7 @@ class SpectralFrames(nn.Module):
         factor = torch.ones(BINS) if gain is None else self.to_bins(gain.detach()).exp()
         batch, count = features.shape[:2]
         out = torch.empty(batch, 2, count * FRAME_HOP)
+        assert native.lib is not None
         native.lib.spectral(
             features.detach().contiguous(), padded(factor), padded(self.below.int()), padded(self.fraction),
             out, griffin_lim, momentum, POWER_FLOOR, torch.get_num_threads(),
@@ -253,7 +257,8 @@ def spsi(magnitude: Tensor) -> Tensor:
         from ..kernels import spsi as kernel
 
         if runtime.use_triton(magnitude, "auto"):
-            return kernel.spsi(magnitude, hop=FRAME_HOP, size=N_FFT)
+            result: Tensor = kernel.spsi(magnitude, hop=FRAME_HOP, size=N_FFT)
+            return result
     on_cpu = magnitude.detach().to("cpu", torch.float32).contiguous()
     if native.lib is None:
         return torch.from_numpy(spsi_numpy(on_cpu.numpy(), FRAME_HOP, N_FFT)).to(magnitude.device)

@@ -51,8 +51,9 @@ def pack_transformer(weights: TransformerWeights, ops: Ops) -> PackedTransformer
         return weight.detach().to(ops.device, torch.float32, copy=True)
 
     def block(b: BlockWeights) -> PackedBlock:
-        products = (linear(layer) for layer in (b.qkv, b.out, b.cross_q, b.cross_out, b.up, b.down))
-        return PackedBlock(*products, (norm(b.q_norm), norm(b.k_norm)), norm(b.cross_q_norm))
+        qkv, out, cross_q, cross_out = (linear(layer) for layer in (b.qkv, b.out, b.cross_q, b.cross_out))
+        qk_norm = norm(b.q_norm), norm(b.k_norm)
+        return PackedBlock(qkv, out, cross_q, cross_out, linear(b.up), linear(b.down), qk_norm, norm(b.cross_q_norm))
 
     return PackedTransformer(linear(weights.input), linear(weights.output), tuple(block(b) for b in weights.blocks))
 

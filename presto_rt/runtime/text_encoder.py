@@ -36,9 +36,10 @@ class TextProgram:
 
     def __init__(self, encoder: TextEncoder, ops: Ops) -> None:
         self.ops, self.encoder = ops, encoder
-        self.heads, self.width = encoder.layers[0].heads, encoder.embedding_norm.weight.shape[0]
-        self.hidden = encoder.layers[0].up.out_features
-        self.layers = [self._layer(layer) for layer in encoder.layers]
+        layers = [layer for layer in encoder.layers if isinstance(layer, BertLayer)]
+        self.heads, self.width = layers[0].heads, encoder.embedding_norm.weight.shape[0]
+        self.hidden = layers[0].up.out_features
+        self.layers = [self._layer(layer) for layer in layers]
         self.norm = layer_norm_weights(encoder.embedding_norm, ops.device)
         self.pool: Pool[Arena] = Pool()
 

@@ -2,8 +2,8 @@
 
 `GraphBackend.run` finds the job's graph or records it, writes the job into the graph's input block, replays, and copies
 the result out of the output block. Everything between the two blocks is recorded: text encoder, plan, every network
-call and sampler step with its noise, decoding, peak limiting, 16-bit conversion, and both copies. On a CPU the same work
-runs again in place of a graph.
+call and sampler step with its noise, decoding, peak limiting, 16-bit conversion, and both copies. On a CPU the same
+work runs again in place of a graph.
 
 An execution stream has its own graphs, of which one runs at a time, so they share one pool of intermediate tensors.
 Several streams work concurrently. Any number of threads may call `run`.

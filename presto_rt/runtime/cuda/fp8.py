@@ -3,8 +3,8 @@ each product of each network call.
 
 The schedule of noise levels is fixed, so the range of every product's input is measured beforehand, on four prompts.
 The operator before the product then leaves its result in fp8, divided by that scale: the norm for "qkv", "cross_q" and
-"up", GELU for "down". Attention's results and the layers at both ends stay in the activations' dtype. A product whose error
-against the same product unrounded is over a threshold stays too: the choice is part of the graph.
+"up", GELU for "down". Attention's results and the layers at both ends stay in the activations' dtype. A product whose
+error against the same product unrounded is over a threshold stays too: the choice is part of the graph.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Table of operators for CUDA GPUs: `presto_rt.kernels` (Triton) between matrix products by cuBLASLt or Triton.
 
 Everything between two products is one kernel, results go to buffers of the arena, and everything that may change
-between two replays of a captured graph is read from the device. On CPU tensors the kernels run in Triton's interpreter where it
-is enabled, and otherwise as their torch references, so the same table is tested, and usable, everywhere.
+between two replays of a captured graph is read from the device. On CPU tensors the kernels run in Triton's interpreter
+where it is enabled, and otherwise as their torch references, so the same table is tested, and usable, everywhere.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class CudaOps(ReferenceOps):
         assert out is not None  # this table does not allocate outputs
         if weights.input_scale is not None or out_scale is not None:
             weight_scale = weights.weight_scale if isinstance(weights, CudaLinear) else None
-            return gemm.linear(
+            result: Tensor = gemm.linear(
                 x,
                 weights.weight,
                 weights.bias,
@@ -112,6 +112,7 @@ class CudaOps(ReferenceOps):
                 out=out,
                 backend=self.backend,
             )
+            return result
         fused = activation in ("none", "gelu_tanh")
         if not fused or not runtime.use_triton(x, self.backend):
             return super().linear(x, weights, out, activation)
@@ -147,7 +148,8 @@ class CudaOps(ReferenceOps):
             return out
 
         def triton(out: Tensor) -> Tensor:
-            return gemm.linear(x, weights.weight, b, activation=activation, out=out, backend="triton")
+            result: Tensor = gemm.linear(x, weights.weight, b, activation=activation, out=out, backend="triton")
+            return result
 
         ways: dict[str, Callable[[Tensor], Tensor]] = {"cublas": cublas, "triton": triton}
         if activation == "gelu_tanh" and b is not None and x.is_cuda and x.dtype != torch.float32:
@@ -206,7 +208,8 @@ class CudaOps(ReferenceOps):
         norm = qk_norm_rope.QKNorm("rms", eps, *weights)
         rotary = qk_norm_rope.Rotary(*angles)
         _, _, v = qk_norm_rope.qk_norm_rope(qkv, q.shape[1], rotary, norm=norm, q_out=q, k_out=k, backend=self.backend)
-        return v
+        result: Tensor = v
+        return result
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, scratch: Tensor | None, out: Tensor, lengths: Tensor | None = None
@@ -232,9 +235,10 @@ class CudaOps(ReferenceOps):
         """See `Ops.cross_attention`."""
         if "cross_attention" in self.unfused:
             return super().cross_attention(q, k, v, q_weight, lengths, scratch, out, eps)
-        return cross_attention.cross_attention(
+        result: Tensor = cross_attention.cross_attention(
             q, k, v, q_weight=q_weight, key_lengths=lengths, eps=eps, out=out, backend=self.backend
         )
+        return result
 
     # ---- noise, sampler steps, phases
 
@@ -244,7 +248,10 @@ class CudaOps(ReferenceOps):
     def normal(self, seeds: Seeds, stream: int, out: Tensor) -> Tensor:
         """See `Ops.normal`."""
         shape = tuple(out.shape[1:])
-        return sampler_step.normal(self._device_seeds(seeds), shape, stream=stream, out=out, backend=self.backend)
+        result: Tensor = sampler_step.normal(
+            self._device_seeds(seeds), shape, stream=stream, out=out, backend=self.backend
+        )
+        return result
 
     def sampler_step(
         self,
@@ -279,4 +286,5 @@ class CudaOps(ReferenceOps):
         """Return unit phasors of magnitudes (channels, frames, bins) by single-pass spectrogram inversion."""
         if not runtime.use_triton(magnitude, self.backend):
             return super().phases(magnitude)
-        return spsi.spsi(magnitude, hop=spectral.FRAME_HOP, size=spectral.N_FFT, backend=self.backend)
+        result: Tensor = spsi.spsi(magnitude, hop=spectral.FRAME_HOP, size=spectral.N_FFT, backend=self.backend)
+        return result

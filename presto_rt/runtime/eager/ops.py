@@ -103,7 +103,8 @@ class ReferenceOps:
         parts = qkv.unflatten(-1, (3, q.shape[1], q.shape[3])).permute(2, 0, 3, 1, 4)
         for part, weight, out in zip(parts, weights, (q, k), strict=False):
             out.copy_(rotate(F.rms_norm(part.float(), weight.shape, weight, eps), *angles))
-        return parts[2]
+        result: Tensor = parts[2]
+        return result
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, scratch: Tensor | None, out: Tensor, lengths: Tensor | None = None
@@ -293,4 +294,5 @@ def overlap_add(frames: SpectralFrames, spectra: Tensor, envelope: Tensor) -> Te
     total = pieces.new_zeros(*pieces.shape[:-3], count + WINDOWS - 1, FRAME_HOP)
     for part in range(WINDOWS):
         total[..., part : part + count, :] += pieces[..., part, :]
-    return total.flatten(-2)[..., PAD : PAD + count * FRAME_HOP] / envelope
+    result: Tensor = total.flatten(-2)[..., PAD : PAD + count * FRAME_HOP] / envelope
+    return result
