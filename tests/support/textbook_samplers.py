@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..errors import InvalidInputError
+from presto_rt.errors import InvalidInputError
 
 
 class Denoised(NamedTuple):

@@ -67,7 +67,7 @@ class Int8Linear:
     """Weights rounded to int8, with a scale (N,) fp32 for each output channel; bias (N,) fp32 or None.
 
     The inputs are uint8 around 128, with a scale for each token. onednn: the weights are in oneDNN's layout; else they
-    are (N, K) int8 and the product is computed exactly in fp64.
+    are (N, K) int8 and the product is `exact_sums`.
     """
 
     weight: Tensor
@@ -80,12 +80,21 @@ class Int8Linear:
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the product of integers (rows, K) with the weights, times the weights' scales, (rows, N)."""
         if not self.onednn:
-            sums = (x.double() - 128.0) @ self.weight.double().T
-            return (sums.float() * self.scale).to(dtype)
+            return (exact_sums(x, self.weight) * self.scale).to(dtype)
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
             x, 1.0, 128, self.weight, self.scale, self.zero_point, None, 1.0, 0, dtype, "none", [], ""
         )
         return y
+
+
+def exact_sums(x: Tensor, weight: Tensor) -> Tensor:
+    """Return (x - 128) W^T of integers, (rows, N) fp32, rounded once.
+
+    Products of 1024 inputs stay below 2^24 (128 * 127 * 1024), so fp32 adds them exactly in any order.
+    """
+    columns = range(0, x.shape[1], 1024)
+    parts = [(x[:, i : i + 1024].float() - 128.0) @ weight[:, i : i + 1024].float().T for i in columns]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).double().sum(0).float()
 
 
 @cache
