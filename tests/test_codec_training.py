@@ -210,7 +210,7 @@ def test_train_codec_resumes_after_a_kill(data: Path, tmp_path: Path) -> None:
     code = KILLED.format(config=SMALL.to_dict(), data=str(data), run=str(run))
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
     checkpoint = run / "last.safetensors"
-    deadline = time.monotonic() + 50.0
+    deadline = time.monotonic() + 180.0
     while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     time.sleep(0.7)  # most likely during a later checkpoint
