@@ -88,10 +88,11 @@ TABLES: dict[str, tuple[str, list[Entry]]] = {
         + [few(f"shipped nano, {share}", SHIPPED, n, layers=share) for share in ("70%", "50%") for n in STEPS],
     ),
     "noise": (
-        "Which noise levels each loss draws, and what the fake score knows; Presto-S with one change, 4 steps",
+        "Sigma distribution of each loss, and inputs of the fake score: Presto-S with one change, 4 steps",
         [few("Presto-S", "presto-s")]
         + [few(name, name) for name in ("gen-train", "dmd-inference", "dsm-inference", "gan-inference")]
-        + [few("fake score not told s_g", "fake-unconditioned"), few("gradient weighed by sample", "sample-weight")],
+        + [few("fake score not conditioned on s_g", "fake-unconditioned")]
+        + [few("gradient weighted by sample", "sample-weight")],
     ),
     "both": (
         "Both",

@@ -64,7 +64,7 @@ def test_distill_command_trains_and_reports_bad_options(
     paths = f"--teacher {tmp_path / 'base'} --data {data_root} --run {run}".split()
     options = ["--device", "cpu", "--minutes", "0.01", "--method", "no-gan", "--tokens", "48", "--seed", "3"]
     changes = ["frames=[[24, 1.0]]", "p_gen=ladder:2", "fake_updates=1"]
-    call = ["distill", "steps", *paths, *options, *(word for change in changes for word in ("--set", change))]
+    call = ["lab", "distill", "steps", *paths, *options, *(word for change in changes for word in ("--set", change))]
     assert main(call) == 0
     assert "held-out error" in capsys.readouterr().out
     meta = checkpoint_meta(run / "checkpoint.safetensors")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from presto_rt.diffusion.precond import loss_weight, precondition
-from presto_rt.diffusion.samplers import Denoised, sample
 from presto_rt.diffusion.schedule import few_step_sigmas, inference_sigmas, karras_sigmas, training_sigmas
 from presto_rt.lab.distill.step_losses import StepLosses
 from presto_rt.lab.distill.step_options import StepDistillation
+from tests.support.textbook_samplers import Denoised, sample
 
 SIGMA_DATA, SIGMA_MIN, SIGMA_MAX, RHO = 0.5, 0.02, 10.0, 7.0
 BATCH = 512
@@ -175,7 +175,7 @@ def distill(mixture: Mixture, options: StepDistillation, *, steps: int, frozen_f
 def sample_toy(
     sampler: str, denoise: Callable[[Tensor, Tensor], Tensor], sigmas: list[float], noise: Callable[[int], Tensor]
 ) -> Tensor:
-    """Sample points with one of the package's samplers.
+    """Sample points with a textbook sampler.
 
     Args:
         sampler: name of the sampler.

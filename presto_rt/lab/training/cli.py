@@ -31,6 +31,7 @@ def _add_codec(jobs: Commands) -> None:
     _add_run_options(parser, "runs/codec")
     parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone: latents stay valid")
     parser.add_argument("--start-from", metavar="FOLDER", help="start from a trained codec (a run's final/)")
+    settings.add(parser)
     parser.set_defaults(run=_train_codec)
 
 
@@ -82,13 +83,14 @@ def _add_run_options(parser: argparse.ArgumentParser, run_dir: str) -> None:
 def _train_codec(options: argparse.Namespace) -> None:
     from .codec import CodecTraining, train_codec
 
+    changes = {"seed": options.seed} | settings.read(options.set, vars(CodecTraining()))
     train_codec(
         options.data,
         options.run_dir,
         options.minutes,
         device=options.device,
         resume=options.resume,
-        settings=CodecTraining(seed=options.seed),
+        settings=CodecTraining(**changes),
         freeze_encoder=options.freeze_encoder,
         start_from=options.start_from,
     )
