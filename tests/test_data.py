@@ -99,7 +99,18 @@ def test_build_hash_depends_on_seed_not_on_workers(small: Path, tmp_path: Path) 
 def test_build_resumes_after_sigkill(small: Path, tmp_path: Path) -> None:
     """A killed build resumes: partial files are ignored, complete ones are kept unchanged."""
     root = tmp_path / "killed"
-    command = [sys.executable, "-m", "presto_rt.cli", "data", "build", "--root", str(root), "--hours", str(HOURS)]
+    command = [
+        sys.executable,
+        "-m",
+        "presto_rt.cli",
+        "lab",
+        "data",
+        "build",
+        "--root",
+        str(root),
+        "--hours",
+        str(HOURS),
+    ]
     command += ["--workers", "1", "--no-recordings"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     limit = time.monotonic() + 300  # an idle machine needs five seconds
@@ -128,7 +139,18 @@ def test_build_retries_failed_pieces(
         return make_item(root, seed, index)
 
     make_item = build.make_item
-    command = ["data", "build", "--root", str(tmp_path), "--hours", str(HOURS), "--workers", "1", "--no-recordings"]
+    command = [
+        "lab",
+        "data",
+        "build",
+        "--root",
+        str(tmp_path),
+        "--hours",
+        str(HOURS),
+        "--workers",
+        "1",
+        "--no-recordings",
+    ]
     monkeypatch.setattr(build, "make_item", fails)
     assert main(command) == 1
     errors = capsys.readouterr().err
@@ -269,7 +291,7 @@ def test_arrange_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_data_command_prints_one_line_of_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from presto_rt.cli import main
 
-    assert main(["data", "info", "--root", str(tmp_path)]) == 1
+    assert main(["lab", "data", "info", "--root", str(tmp_path)]) == 1
     assert "presto-rt lab data build" in capsys.readouterr().err
 
 

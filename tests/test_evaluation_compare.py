@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 
+from presto_rt.checkpoints.folder import load_folder
 from presto_rt.diffusion.schedule import LayerSchedule, keep_last
 from presto_rt.errors import InvalidInputError
 from presto_rt.lab.data.manifest import Item, Manifest
