@@ -5,7 +5,7 @@
 
 namespace presto_rt {
 
-// Defined once in each operator's file, as a static object; bindings.cpp calls what was registered.
+// Defined once in each operator's file, as a static object; bindings.cpp calls all of them.
 class Registrar {
  public:
   using Bind = void (*)(pybind11::module_& module);

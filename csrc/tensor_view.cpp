@@ -1,4 +1,4 @@
-// How a TensorView reads torch's tensors, and what it says of those that do not fit.
+// Reading of torch's tensors, and the errors for those that do not fit.
 #include "tensor_view.h"
 
 #include <algorithm>
@@ -8,7 +8,7 @@ namespace {
 
 constexpr std::int32_t kCpu = 1;  // DLPack's device type
 
-// DLPackExchangeAPI of DLPack 1.x: what a tensor's type offers to C.
+// DLPackExchangeAPI of DLPack 1.x, the table of C functions of a tensor's type.
 struct ExchangeApi {
   std::uint32_t major, minor;
   const ExchangeApi* older;

@@ -1,14 +1,14 @@
 // The bf16 attention of simd/attention.cpp in AMX tiles: 16 x 16 sums of 32 products each in one instruction.
 //
-// Keys and values are packed once for each head into tiles as the instruction wants its right side: 16 rows of 16 pairs, a pair
-// being two neighbours along the sum. 32 queries then make all their scores, the exact softmax (its maximum taken while the
-// scores are in the L1 cache, its weights written over them) and their result. Compiled once, with AMX and AVX-512; isa.cpp
-// chooses it where the processor and the kernel offer tiles.
+// Keys and values are packed once for each head into tiles in the layout of the instruction's right side: 16 rows of 16 pairs,
+// a pair being two neighbours along the sum. 32 queries then compute all their scores, the exact softmax (its maximum taken
+// while the scores are in the L1 cache, its weights written over them) and their result. Compiled once, with AMX and AVX-512;
+// isa.cpp chooses it where the processor and the kernel offer tiles.
 #include "../simd/attention.h"
 
 #if defined(PRESTO_RT_ISA) && defined(__AMX_BF16__)
 
-// GCC's own headers make undefined vectors in a way that it then warns of.
+// GCC's own headers create undefined vectors, which GCC then warns about.
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -32,7 +32,7 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-PRESTO_RT_INLINE void clear() {
+PRESTO_RT_INLINE void clear_sums() {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -51,7 +51,7 @@ PRESTO_RT_INLINE void multiply(const char* left, std::int64_t stride, const char
   _tile_dpbf16ps(3, 5, 7);
 }
 
-PRESTO_RT_INLINE void give(float* out, std::int64_t stride) {
+PRESTO_RT_INLINE void store_sums(float* out, std::int64_t stride) {
   char* to = reinterpret_cast<char*>(out);
   _tile_stored(0, to, stride);
   _tile_stored(1, to + 64, stride);
@@ -89,7 +89,7 @@ PRESTO_RT_INLINE __mmask16 lanes(std::int64_t n) {
 
 // Keys (count, dim) -> tiles [16 keys][32 dims]: in row r the pairs (2 r, 2 r + 1) of 16 keys.
 void pack_keys(const Bf16* from, std::int64_t stride, std::int64_t count, std::int64_t dim, char* to) {
-  for (std::int64_t key = 0; key < up(count, kDepth); key += kSide)
+  for (std::int64_t key = 0; key < round_up(count, kDepth); key += kSide)
     for (std::int64_t d = 0; d < dim; d += kDepth, to += kBlock) {
       const __mmask16 mask = lanes((dim - d) / 2);
       __m512i in[16], out[16];
@@ -102,9 +102,9 @@ void pack_keys(const Bf16* from, std::int64_t stride, std::int64_t count, std::i
 
 // Values (count, dim) -> tiles [16 dims][32 keys]: in row r the pairs of keys (2 r, 2 r + 1) of 16 dims.
 void pack_values(const Bf16* from, std::int64_t stride, std::int64_t count, std::int64_t dim, char* to) {
-  for (std::int64_t d = 0; d < up(dim, kDepth); d += kSide) {
+  for (std::int64_t d = 0; d < round_up(dim, kDepth); d += kSide) {
     const __mmask16 mask = lanes(dim - d);
-    for (std::int64_t key = 0; key < up(count, kDepth); key += 2, to += 64) {
+    for (std::int64_t key = 0; key < round_up(count, kDepth); key += 2, to += 64) {
       const Bf16* one = from + key * stride + d;
       const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(key < count ? mask : 0, one));
       const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(key + 1 < count ? mask : 0, one + stride));
@@ -125,7 +125,8 @@ PRESTO_RT_INLINE __m512 power_of_two(__m512 x) {
 }
 
 // Each row's maximum in each of 16 columns, with the 32 scores from `key` on.
-PRESTO_RT_INLINE void raise(const char* scores, std::int64_t stride, std::int64_t key, std::int64_t keys, __m512 top[kRows]) {
+PRESTO_RT_INLINE void raise_maxima(const char* scores, std::int64_t stride, std::int64_t key, std::int64_t keys,
+                                   __m512 top[kRows]) {
   const __mmask16 one = lanes(keys - key), two = lanes(keys - key - kSide);
   for (std::int64_t r = 0; r < kRows; ++r) {
     const float* row = reinterpret_cast<const float*>(scores + r * stride) + key;
@@ -156,16 +157,16 @@ PRESTO_RT_INLINE float softmax(float* row, __m512 top, std::int64_t keys, std::i
 }  // namespace
 
 void attention_pack(const Attention& a, std::int64_t head) {
-  const std::int64_t clip = head / a.heads, h = head % a.heads, keys = seen(a, clip);
+  const std::int64_t clip = head / a.heads, h = head % a.heads, keys = visible_keys(a, clip);
   char* to = reinterpret_cast<char*>(packed(a, head));
   pack_keys(static_cast<const Bf16*>(a.k) + clip * a.k_batch + h * a.k_head, a.k_token, keys, a.dim, to);
-  to += 2 * up(keys, kDepth) * up(a.dim, kDepth);
+  to += 2 * round_up(keys, kDepth) * round_up(a.dim, kDepth);
   pack_values(static_cast<const Bf16*>(a.v) + clip * a.v_batch + h * a.v_head, a.v_token, keys, a.dim, to);
 }
 
 void attention_queries(const Attention& a, std::int64_t head, std::int64_t first, std::int64_t last, void* local) {
-  const std::int64_t clip = head / a.heads, h = head % a.heads, keys = seen(a, clip);
-  const std::int64_t padded = up(keys, kDepth), depth = up(a.dim, kDepth), steps = depth / kDepth;
+  const std::int64_t clip = head / a.heads, h = head % a.heads, keys = visible_keys(a, clip);
+  const std::int64_t padded = round_up(keys, kDepth), depth = round_up(a.dim, kDepth), steps = depth / kDepth;
   const std::int64_t stride = 4 * padded + 64;  // of a row of scores in bytes: never a multiple of a page
   const char* key_tiles = reinterpret_cast<const char*>(packed(a, head));
   const char* value_tiles = key_tiles + 2 * padded * depth;
@@ -179,28 +180,28 @@ void attention_queries(const Attention& a, std::int64_t head, std::int64_t first
 
   for (std::int64_t token = first; token < last; token += kRows) {
     const std::int64_t rows = last - token < kRows ? last - token : kRows;
-    take_queries<kRows>(a, from + token * a.q_token, rows, q, depth);
+    load_queries<kRows>(a, from + token * a.q_token, rows, q, depth);
     __m512 top[kRows];
     for (__m512& t : top) t = _mm512_set1_ps(-__builtin_inff());
     for (std::int64_t key = 0; key < padded; key += kDepth) {
       const char* tile = key_tiles + key / kSide * steps * kBlock;
-      clear();
+      clear_sums();
       for (std::int64_t s = 0; s < steps; ++s)
         multiply(reinterpret_cast<const char*>(q + s * kDepth), 2 * depth, tile + s * kBlock, tile + (steps + s) * kBlock);
-      give(reinterpret_cast<float*>(scores) + key, stride);
+      store_sums(reinterpret_cast<float*>(scores) + key, stride);
       // Those of the block before: what a tile has just stored cannot be read at once.
-      if (key) raise(scores, stride, key - kDepth, keys, top);
+      if (key) raise_maxima(scores, stride, key - kDepth, keys, top);
     }
-    if (padded) raise(scores, stride, padded - kDepth, keys, top);
+    if (padded) raise_maxima(scores, stride, padded - kDepth, keys, top);
     float share[kRows];
     for (std::int64_t r = 0; r < kRows; ++r)
       share[r] = softmax(reinterpret_cast<float*>(scores + r * stride), top[r], keys, padded, a.scale);
     for (std::int64_t column = 0; column < a.dim; column += kDepth) {
       const char* tile = value_tiles + column * 2 * padded;
-      clear();
+      clear_sums();
       for (std::int64_t key = 0; key < padded; key += kDepth)
         multiply(scores + 2 * key, stride, tile + key / kDepth * kBlock, tile + 2 * padded * kSide + key / kDepth * kBlock);
-      give(sums, 4 * kRows);
+      store_sums(sums, 4 * kRows);
       for (std::int64_t r = 0; r < rows; ++r)
         for (std::int64_t c = 0; c < kDepth && column + c < a.dim; c += kSide) {
           const Vec y = keys ? load(sums + r * kRows + c) * share[r] : Vec{};

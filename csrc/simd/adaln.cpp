@@ -1,9 +1,9 @@
-// Adaptive layer norm with the residual folded in, the step between two matrix products of a diffusion transformer:
+// Adaptive layer norm with the residual sum, between two matrix products of a diffusion transformer:
 //
 //   residual = source + gate * branch                 fp32; gate = null: 1; branch = null: 0; residual may be the source
 //   out = (r - mean r) / sqrt(var r + eps) * (1 + scale) + shift          r = residual; scale = shift = null: the plain norm
 //
-// gate, scale and shift are rows of the plan's modulation table, one for each clip. kernels/adaln.py is the same operator.
+// gate, scale and shift are rows of each clip's modulation table. kernels/adaln.py is the same operator.
 #include "operator.h"
 
 namespace presto_rt {

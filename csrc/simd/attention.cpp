@@ -1,10 +1,10 @@
 // softmax(scale q k^T) v of one head at a time, for long keys (self-attention) and short ones (cross-attention).
 //
 // Keys and values are packed once for each head into panels that a register tile walks through in order: kTile key vectors side
-// by side, and for bf16 two neighbouring products in one 32-bit lane, as the AVX512-BF16 dot product wants them. A tile of
+// by side, and for bf16 two neighbouring products in one 32-bit lane, the layout of the AVX512-BF16 dot product. A tile of
 // kRows queries then makes all its scores, an exact softmax in fp32, and its result; scores never leave the L1 or L2 cache, and
-// there is no running maximum. With q_weight the queries are RMS-normalised on the way in. Without AVX512-BF16 bf16 is widened
-// when it is packed and everything is fp32.
+// there is no running maximum. With q_weight the queries are RMS-normalized as they are loaded. Without AVX512-BF16 bf16 is
+// widened when it is packed and everything is fp32.
 #include "attention.h"
 
 namespace presto_rt {
@@ -23,7 +23,7 @@ constexpr int kRows = 2, kTile = 4;
 constexpr std::int64_t kColumns = kTile * kWidth;
 static_assert(kPanel % kColumns == 0 && kQueries % kRows == 0, "panels must divide");
 
-// How two numbers meet: Plain multiplies fp32, Pairs two bf16 neighbours at once into one fp32 sum.
+// Multiply-accumulate: Plain multiplies fp32, Pairs multiplies two bf16 neighbours at once into one fp32 sum.
 struct Plain {
   using Number = float;
   static constexpr int kDepth = 1;
@@ -70,7 +70,7 @@ PRESTO_RT_INLINE void panel_scores(const typename Math::Number* q, std::int64_t 
     for (int c = 0; c < kVectors; ++c) store(scores + r * scores_row + c * kWidth, total[r][c]);
 }
 
-// The 32 bits of a panel that come from x[0] (and, for pairs, x[1]), or 0 where there is nothing.
+// One 32-bit word of a panel, from x[0] and, for pairs, x[1]; 0 for what lies outside the source.
 template <class Math, class T>
 PRESTO_RT_INLINE std::uint32_t word(const T* x, bool first, bool second) {
   std::uint32_t bits = 0;
@@ -120,17 +120,17 @@ void pack_columns(const T* source, std::int64_t stride, std::int64_t count, std:
 
 template <class Math, class T>
 void pack(const Attention& a, std::int64_t head) {
-  const std::int64_t clip = head / a.heads, h = head % a.heads, keys = seen(a, clip), padded = up(keys, kColumns);
+  const std::int64_t clip = head / a.heads, h = head % a.heads, keys = visible_keys(a, clip), padded = round_up(keys, kColumns);
   std::uint32_t* out = packed(a, head);
   pack_rows<Math>(static_cast<const T*>(a.k) + clip * a.k_batch + h * a.k_head, a.k_token, keys, a.dim, out);
   out += padded * a.dim / Math::kDepth;
   pack_columns<Math>(static_cast<const T*>(a.v) + clip * a.v_batch + h * a.v_head, a.v_token, keys, padded, a.dim, out);
 }
 
-// Scores to weights, which sum to `total`: exp(scale (s - max)), and 0 up to the end of the last vector. Returns 1 / total.
+// Turns scores into weights exp(scale (s - max)), 0 up to the end of the last vector. Returns 1 / their sum.
 template <class Number>
 PRESTO_RT_INLINE float softmax(float* scores, Number* weights, std::int64_t keys, float scale) {
-  const std::int64_t whole = keys / kWidth * kWidth, end = up(keys, kWidth);
+  const std::int64_t whole = keys / kWidth * kWidth, end = round_up(keys, kWidth);
   for (std::int64_t i = keys; i < end; ++i) scores[i] = -__builtin_inff();
   Vec top = all(-__builtin_inff());
   for (std::int64_t i = 0; i < end; i += kWidth) top = larger(load(scores + i), top);
@@ -144,7 +144,8 @@ PRESTO_RT_INLINE float softmax(float* scores, Number* weights, std::int64_t keys
     store(weights + i, w);
   }
   if (whole < end) {
-    // e to the power of -infinity is 0 by way of denormals, which cost a hundred cycles each: what is no key becomes e^0 first.
+    // e to the power of -infinity is 0 by way of denormals, which cost a hundred cycles each: lanes without a key take e^0
+    // first.
     for (std::int64_t i = keys; i < end; ++i) scores[i] = most;
     Vec w = exp(fma(load(scores + whole), factor, offset));
     for (std::int64_t i = keys - whole; i < kWidth; ++i) w[i] = 0.0f;
@@ -157,7 +158,7 @@ PRESTO_RT_INLINE float softmax(float* scores, Number* weights, std::int64_t keys
 template <class Math, class T>
 void queries(const Attention& a, std::int64_t head, std::int64_t first, std::int64_t last, void* local) {
   using Number = typename Math::Number;
-  const std::int64_t clip = head / a.heads, h = head % a.heads, keys = seen(a, clip), padded = up(keys, kColumns);
+  const std::int64_t clip = head / a.heads, h = head % a.heads, keys = visible_keys(a, clip), padded = round_up(keys, kColumns);
   const std::int64_t panel_words = kColumns * a.dim / Math::kDepth;
   const float* key_panels = reinterpret_cast<const float*>(packed(a, head));
   const float* value_panels = key_panels + padded / kColumns * panel_words;
@@ -169,7 +170,7 @@ void queries(const Attention& a, std::int64_t head, std::int64_t first, std::int
 
   for (std::int64_t token = first; token < last; token += kRows) {
     const std::int64_t rows = last - token < kRows ? last - token : kRows;
-    take_queries<kRows>(a, from + token * a.q_token, rows, q, a.dim);
+    load_queries<kRows>(a, from + token * a.q_token, rows, q, a.dim);
     for (std::int64_t key = 0; key < keys; key += kColumns) {
       panel_scores<Math>(q, a.dim, key_panels + key / kColumns * panel_words, keys - key, scores + key, padded);
     }
@@ -177,7 +178,7 @@ void queries(const Attention& a, std::int64_t head, std::int64_t first, std::int
     for (int r = 0; r < kRows; ++r) share[r] = softmax(scores + r * padded, weights + r * padded, keys, a.scale);
     for (std::int64_t column = 0; column < a.dim; column += kColumns) {
       Vec total[kRows][kTile];
-      tile<Math>(weights, padded, value_panels + column * (padded / Math::kDepth), up(keys, Math::kDepth) / Math::kDepth,
+      tile<Math>(weights, padded, value_panels + column * (padded / Math::kDepth), round_up(keys, Math::kDepth) / Math::kDepth,
                  total);
       for (std::int64_t r = 0; r < rows; ++r)
         for (std::int64_t c = 0; c < kTile; ++c) {

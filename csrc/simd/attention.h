@@ -1,5 +1,5 @@
-// What the attention kernels share: the request, the sizes of their memory, and how queries come in. attention.cpp holds the
-// kernels in vectors, amx/attention.cpp the one in tiles.
+// Shared by the attention kernels: their arguments, the sizes of their scratch memory, and loading of queries. attention.cpp
+// holds the vector kernels, amx/attention.cpp the tile kernel.
 #pragma once
 
 #include "operator.h"
@@ -10,7 +10,7 @@ struct Attention {
   const void *q, *k, *v;        // fp32 or bf16
   void* out;                    // (batch, tokens, heads, dim), contiguous
   const float* q_weight;        // (dim,) or null
-  const std::int32_t* lengths;  // (batch,) keys that may be seen, or null: all
+  const std::int32_t* lengths;  // (batch,) visible keys of each clip, or null: all
   void* scratch;                // `attention_scratch` bytes for each head of each clip
   std::int64_t heads, tokens, keys, dim;
   std::int64_t q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token;  // strides in numbers
@@ -37,11 +37,11 @@ inline std::int64_t attention_local(std::int64_t keys, std::int64_t dim) {
 namespace PRESTO_RT_ISA {
 namespace {
 
-PRESTO_RT_INLINE std::int64_t up(std::int64_t count, std::int64_t multiple) {
+PRESTO_RT_INLINE std::int64_t round_up(std::int64_t count, std::int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;
 }
 
-PRESTO_RT_INLINE std::int64_t seen(const Attention& a, std::int64_t clip) {
+PRESTO_RT_INLINE std::int64_t visible_keys(const Attention& a, std::int64_t clip) {
   if (!a.lengths) return a.keys;
   const std::int64_t length = a.lengths[clip];
   return length < 0 ? 0 : length < a.keys ? length : a.keys;
@@ -51,9 +51,9 @@ PRESTO_RT_INLINE std::uint32_t* packed(const Attention& a, std::int64_t head) {
   return reinterpret_cast<std::uint32_t*>(static_cast<char*>(a.scratch) + head * attention_scratch(a.keys, a.dim));
 }
 
-// Queries as they are, or RMS-normalised; rows beyond the last one are 0.
+// Loads kRows queries, RMS-normalized if there is a weight. Rows beyond the last one are 0.
 template <int kRows, class Number, class T>
-PRESTO_RT_INLINE void take_queries(const Attention& a, const T* from, std::int64_t rows, Number* to, std::int64_t to_row) {
+PRESTO_RT_INLINE void load_queries(const Attention& a, const T* from, std::int64_t rows, Number* to, std::int64_t to_row) {
   for (std::int64_t r = 0; r < kRows; ++r, to += to_row, from += a.q_token) {
     float factor = 1.0f;
     if (a.q_weight && r < rows) {

@@ -1,4 +1,4 @@
-// The end of the codec's decoder: the sums of its two halves become log-magnitudes of mid and side and the cosine between them.
+// Output of the codec's decoder: the sum of its two halves as log-magnitudes of mid and side and the cosine between them.
 //
 //   y = head + linear        log-magnitude = min(scale y + mean, ceiling)        cosine = tanh y = 1 - 2 / (exp(2 y) + 1)
 //

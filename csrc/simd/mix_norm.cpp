@@ -1,11 +1,11 @@
-// The step between two matrix products of the codec's blocks and of the text encoder:
+// Residual sum, mix of five frames and layer norm, between two matrix products of the codec's blocks and of the text encoder:
 //
 //   r[t] = source[t] + branch[t]                         fp32; either may be null: 0
 //   m[t] = sum over k of mix[k] r[t + k - 2]             five frames of the clip, zeros outside it; mix = null: m = r
 //   y[t] = (m - mean m) / sqrt(var m + eps) * weight + bias                                 weight = null: y = m
 //
-// y goes to out, and r (or, where the network adds to what was normalised, y) to residual in fp32. With a mix the residual must
-// be another buffer than the source: neighbours of a frame may belong to another thread.
+// y goes to out, and r to residual in fp32; `after` (a post-norm network) writes y to residual instead. With a mix the residual
+// must be another buffer than the source: neighbours of a frame may belong to another thread.
 #include "operator.h"
 
 namespace presto_rt {

@@ -3,8 +3,8 @@
 // reference.
 //
 // A frame of one iteration depends on the frames up to three later of the iteration before, so all iterations run at once, each
-// three frames behind the one before. What they hand to each other stays in the L2 cache, and the memory needed does not grow
-// with the clip. Left and right are independent but for the phases, so two threads take a channel each and both make the
+// three frames behind the one before. The data they exchange stays in the L2 cache, and the memory needed does not grow
+// with the clip. Left and right are independent but for the phases, so two threads process a channel each and both compute the
 // phases.
 #include "fft.h"
 #include "operator.h"
@@ -81,7 +81,7 @@ PRESTO_RT_INLINE Vec magnitude(Vec logs, float floor) {
 
 // Magnitudes and, before the phase, real and imaginary parts of both channels. The louder of mid and side lies on the real
 // axis.
-void take_frame(const Spectral& a, std::int64_t t, Shared& s, Frame& frame) {
+void read_frame(const Spectral& a, std::int64_t t, Shared& s, Frame& frame) {
   const float* row = a.features + t * 3 * a.bands;
   to_bins(a, row, s.bands, s.mid);
   to_bins(a, row + a.bands, s.bands, s.side);
@@ -198,8 +198,8 @@ void add_frame(const Spectral& a, Level& signal, std::int64_t t, Shared& s) {
   }
 }
 
-// All frames of a hop are in: divides by their squared windows and silences what lies outside the clip, 768 samples at both
-// ends.
+// Finishes a hop that has all its frames: divides by their squared windows and silences the 768 samples outside the clip at
+// both ends.
 void finish_hop(const Spectral& a, Level& signal, std::int64_t hop) {
   float* x = signal.ring[hop % kRing];
   for (std::int64_t half = 0; half < 2; ++half)
@@ -214,7 +214,7 @@ void finish_hop(const Spectral& a, Level& signal, std::int64_t hop) {
 }
 
 // Samples of a finished hop to where they belong, even and odd ones in turn again.
-void give_hop(const Spectral& a, const Level& signal, std::int64_t hop, float* out) {
+void write_hop(const Spectral& a, const Level& signal, std::int64_t hop, float* out) {
   const float* x = signal.ring[hop % kRing];
   const std::int64_t first = hop * kHop - 3 * kHop / 2, last = a.frames * kHop;
   for (std::int64_t i = 0; i < kHop / 2; i += kWidth) {
@@ -236,7 +236,7 @@ void spectral(const Spectral& a, int first, int last) {
   Frame* frames = reinterpret_cast<Frame*>(levels + 2 * depth);
   for (std::int64_t now = 0; now < a.frames + 3 * depth; ++now) {
     if (now < a.frames) {
-      take_frame(a, now, s, frames[now % kept]);
+      read_frame(a, now, s, frames[now % kept]);
       advance_phases(s.energy, s.phase);
     }
     for (int channel = first; channel < last; ++channel)
@@ -255,7 +255,7 @@ void spectral(const Spectral& a, int first, int last) {
           add_frame(a, here, t, s);
         }
         finish_hop(a, here, t);
-        if (level == a.iterations) give_hop(a, here, t, a.out + channel * a.frames * kHop);
+        if (level == a.iterations) write_hop(a, here, t, a.out + channel * a.frames * kHop);
         // The hop that the next frame reaches first must be empty; the readers of its old content are done.
         __builtin_memset(here.ring[(t + kParts) % kRing], 0, sizeof here.ring[0]);
       }

@@ -1,6 +1,6 @@
-// The vectors that the operators in this folder are written in. Every file here is compiled once for each instruction set, with
-// PRESTO_RT_ISA naming it and its namespace; nothing from the standard library is inlined into these objects, so that no code
-// made for a newer processor can be linked in where an older one runs.
+// Vectors of fp32, the vocabulary of the operators in this folder. Every file here is compiled once for each instruction set,
+// with PRESTO_RT_ISA naming it and its namespace. Nothing from the standard library is inlined into these objects, so that no
+// code compiled for a newer processor can be linked in where an older one runs.
 #pragma once
 
 #include <cstddef>
@@ -96,7 +96,7 @@ PRESTO_RT_INLINE void store(Bf16* p, Vec x) {
   __builtin_memcpy(p, &h, sizeof h);
 }
 
-// The first n numbers, or all kWidth where n is larger; those that are left out read as 0.
+// The first n numbers, or all kWidth where n is larger; the others are 0 on loading and untouched on storing.
 template <class T>
 PRESTO_RT_INLINE Vec load(const T* p, std::int64_t n) {
   if (n >= kWidth) return load(p);
