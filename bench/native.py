@@ -1,7 +1,7 @@
-"""What do the C++ operators save? `python bench/native.py`: each against its torch or numpy twin, for 32 s of stereo.
+"""Speed of the C++ operators against their references in torch or numpy, for 32 s of stereo: `python bench/native.py`.
 
 Both must first give the same result; an operator that does not is an error, not a row. Times are medians over the
-repeats, the two versions by turns; GB/s counts each input and output byte once.
+repeats, with the two versions interleaved; GB/s counts each input and output byte once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Case = tuple[str, Callable[[], Any], Callable[[], Any], int, float]
 
 
 def cases() -> list[Case]:
-    """Name, C++ version, twin, bytes moved, largest difference allowed between the two."""
+    """Return name, C++ version, reference, bytes moved and the largest allowed difference of each operator."""
     generator = torch.Generator().manual_seed(0)
     samples = torch.rand(2, SAMPLES, generator=generator) - 0.5
     magnitude = torch.rand(2, FRAMES, N_FFT // 2 + 1, generator=generator)
@@ -65,23 +65,23 @@ def cases() -> list[Case]:
 
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
-    """Both versions by turns after one warm-up, which also compares their results."""
-    name, fast, twin, moved, tolerance = case
-    difference = float((fast() - twin()).abs().max())
+    """Time both versions, interleaved, after one warm-up that compares their results."""
+    name, fast, reference, moved, tolerance = case
+    difference = float((fast() - reference()).abs().max())
     if not difference <= tolerance:
-        raise SystemExit(f"{name}: C++ and twin differ by {difference:g}; no speeds for a wrong result")
-    times: dict[str, list[float]] = {"cpp": [], "twin": []}
+        raise SystemExit(f"{name}: C++ and reference differ by {difference:g}; no speeds for a wrong result")
+    times: dict[str, list[float]] = {"cpp": [], "reference": []}
     for _ in range(repeats):
-        for key, function in (("cpp", fast), ("twin", twin)):
-            begin = time.perf_counter()
+        for key, function in (("cpp", fast), ("reference", reference)):
+            start = time.perf_counter()
             function()
-            times[key].append(time.perf_counter() - begin)
+            times[key].append(time.perf_counter() - start)
     seconds = {key: spread(values) for key, values in times.items()}
     return {
         "operator": name,
         "seconds": seconds,
         "gb_per_s": moved / seconds["cpp"]["median"] / 1e9,
-        "speed_up": seconds["twin"]["median"] / seconds["cpp"]["median"],
+        "speed_up": seconds["reference"]["median"] / seconds["cpp"]["median"],
     }
 
 
@@ -92,11 +92,11 @@ def main() -> None:
     if native.lib is None:
         raise SystemExit(f"there are no C++ operators to measure: {native.why}")
     rows = [measure(case, a.repeats) for case in cases()]
-    header = ["operator, 32 s of stereo", "C++", "twin", "speed-up", "C++ GB/s"]
+    header = ["operator, 32 s of stereo", "C++", "reference", "speed-up", "C++ GB/s"]
     cells = [
         [
             r["operator"],
-            *(f"{r['seconds'][key]['median'] * 1e3:.2f} ms" for key in ("cpp", "twin")),
+            *(f"{r['seconds'][key]['median'] * 1e3:.2f} ms" for key in ("cpp", "reference")),
             f"{r['speed_up']:.1f}",
             f"{r['gb_per_s']:.1f}",
         ]

@@ -1,4 +1,4 @@
-"""The C++ operators of the CPU engine against the torch table, with every instruction set of this processor in turn.
+"""The C++ operators of the CPU backend against the torch operators, with every instruction set of this processor.
 
 The measure is fp64: an operator's error may be twice that of torch in the same dtype, plus a rounding of its largest
 value.
@@ -32,7 +32,7 @@ UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
 
 @pytest.fixture(params=native.lib.isas(), autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each test runs once with each instruction set, on the same numbers every time."""
+    """Run each test once with each instruction set, on the same numbers every time."""
     torch.manual_seed(0)
     before = native.lib.isa()
     native.lib.use_isa(request.param)
@@ -41,7 +41,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """The same numbers at an address that is a multiple of the element's size and of nothing more."""
+    """Copy a tensor to an address that is an odd multiple of the element's size."""
     base = torch.empty(x.numel() + 17, dtype=x.dtype)
     start = next(i for i in range(1, 17) if (base.data_ptr() // x.element_size() + i) % 2)
     return base[start : start + x.numel()].view(x.shape).copy_(x)
@@ -65,8 +65,9 @@ def close(got: Tensor, plain: Tensor, exact: Tensor) -> None:
 @pytest.mark.parametrize(("batch", "tokens", "width"), [(1, 1, 1), (2, 5, 7), (1, 33, 72), (2, 9, 384), (1, 3, 1030)])
 @pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("threads", [1, 2, 4])
-def test_adaln_is_near_fp64(dtype: torch.dtype, batch: int, tokens: int, width: int, modulated: bool,
-                                threads: int) -> None:  # fmt: skip
+def test_adaln_is_near_fp64(
+    dtype: torch.dtype, batch: int, tokens: int, width: int, modulated: bool, threads: int
+) -> None:
     source, branch = torch.randn(batch, tokens, width) * 3 + 1, torch.randn(batch, tokens, width).to(dtype)
     rows = torch.randn(batch, 9, width)
     gate, shift, scale = (2, 4, 5) if modulated else (None, None, None)
@@ -83,8 +84,9 @@ def test_adaln_is_near_fp64(dtype: torch.dtype, batch: int, tokens: int, width: 
         close(a, b, c)
 
 
-def exactly(source: Tensor, branch: Tensor, rows: Tensor, gate: int | None, shift: int | None,
-            scale: int | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def exactly(
+    source: Tensor, branch: Tensor, rows: Tensor, gate: int | None, shift: int | None, scale: int | None
+) -> tuple[Tensor, Tensor]:
     """The residual and its norm in fp64, the residual rounded to fp32 in between."""
     rows = rows.double()
     r = source.double() + (1.0 if gate is None else rows[:, gate, None]) * branch.double()

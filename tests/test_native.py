@@ -1,4 +1,4 @@
-"""The C++ module: it is built where there is a compiler, and its absence is one line and no more."""
+"""The C++ module: built where there is a compiler; its absence costs one line of log and some speed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from presto_rt import native
+from presto_rt.source_digest import source_digest
 from tests.support.models import write_tiny_model
 
 
@@ -29,7 +30,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_the_module_is_there_wherever_a_compiler_is() -> None:
+def test_native_is_present_where_a_compiler_is() -> None:
     if os.environ.get("PRESTO_RT_NO_NATIVE"):
         pytest.skip("switched off by PRESTO_RT_NO_NATIVE")
     if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
@@ -38,7 +39,7 @@ def test_the_module_is_there_wherever_a_compiler_is() -> None:
     assert native.why is None
 
 
-def test_switching_it_off_is_said_in_one_line_and_gives_the_same_bits() -> None:
+def test_native_switched_off_logs_one_line_and_gives_the_same_bits() -> None:
     code = (
         "from presto_rt import native\nfrom presto_rt.audio import pcm\nfrom presto_rt.diffusion import noise\n"
         "import hashlib\n"
@@ -53,20 +54,52 @@ def test_switching_it_off_is_said_in_one_line_and_gives_the_same_bits() -> None:
     assert on.stdout.split()[1] == off.stdout.split()[1]
 
 
-def test_a_module_that_was_not_built_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def needs_native() -> None:
+    if native.lib is None:
+        pytest.skip(f"no C++ operators: {native.why}")
+
+
+def test_native_names_the_remedy_where_the_module_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PRESTO_RT_NO_NATIVE", raising=False)
-    monkeypatch.setitem(
-        sys.modules, "presto_rt._C", None
-    )  # what Python itself does for a module that cannot be imported
-    lib, why = native._load()
+    monkeypatch.setitem(sys.modules, "presto_rt._C", None)  # as Python marks a module that cannot be imported
+    lib, why = native.load()
     assert lib is None
     assert why
 
 
-def test_operators_release_the_interpreter_lock() -> None:
+def test_native_refuses_a_module_built_from_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_native()
+    monkeypatch.setattr(native, "ROOT", tmp_path)
+    assert native.load() == (native.lib, None)  # an installed package has no sources beside it
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "noise.cpp").write_text("int answer = 42;\n")
+    (tmp_path / "setup.py").touch()
+    lib, why = native.load()
+    assert lib is None
+    assert why is not None
+    assert "built from other sources" in why
+    assert "\n" not in why
+
+
+def test_source_digest_depends_on_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "simd").mkdir()
+    source, flags = tmp_path / "simd" / "a.cpp", tmp_path / "flags.txt"
+    source.write_text("int a;\n")
+    flags.write_text("all -O3\n")
+    (tmp_path / "notes.md").write_text("not compiled\n")
+    before = source_digest(tmp_path)
+    (tmp_path / "notes.md").unlink()
+    assert source_digest(tmp_path) == before
+    flags.write_text("all -O2\n")
+    changed = source_digest(tmp_path)
+    flags.write_text("all -O3\n")
+    source.rename(tmp_path / "simd" / "b.cpp")
+    assert len({before, changed, source_digest(tmp_path)}) == 3
+
+
+def test_native_operators_release_the_interpreter_lock() -> None:
     """While C++ fills 40 million numbers, Python must go on counting in another thread."""
-    if native.lib is None:
-        pytest.skip(f"no C++ operators: {native.why}")
+    needs_native()
     out = torch.empty(40_000_000)
     worker = threading.Thread(target=native.lib.normal, args=(out, 1, 0))
     worker.start()
@@ -79,15 +112,20 @@ def test_operators_release_the_interpreter_lock() -> None:
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86")
-def test_code_outside_the_chosen_instruction_sets_has_no_avx() -> None:
+def test_native_code_outside_the_instruction_sets_has_no_avx() -> None:
     """On a processor without AVX the module must import and run: what is compiled once, and the plain variant of each
     operator, use no vector register of AVX. Names tell which code may: a variant's namespace, or target_clones."""
     if native.lib is None or shutil.which("objdump") is None:
         pytest.skip(native.why or "no objdump")
     if native.lib.__file__ is None:
         pytest.skip("the module is not a file")
-    listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", native.lib.__file__], capture_output=True,
-                             text=True, check=True, timeout=60).stdout  # fmt: skip
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", native.lib.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
     allowed = ("avx2", "avx512", "amx")
     if "avx512" not in listing:
         pytest.skip("the module has no names left to go by")
@@ -105,10 +143,9 @@ def test_code_outside_the_chosen_instruction_sets_has_no_avx() -> None:
     assert counts[False] > 1000  # the search does find such code where it may be
 
 
-def test_the_plain_instruction_set_alone_makes_a_clip(tmp_path: Path) -> None:
+def test_native_base_instruction_set_generates_a_clip(tmp_path: Path) -> None:
     """What a processor without AVX2 would run, from import to sound, in a process of its own."""
-    if native.lib is None:
-        pytest.skip(f"no C++ operators: {native.why}")
+    needs_native()
     folder = write_tiny_model(tmp_path / "tiny")
     code = (
         "import sys, presto_rt; from presto_rt import native\n"

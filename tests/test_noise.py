@@ -56,34 +56,34 @@ def test_philox_in_cpp_gives_the_published_words(counter: str, key: str, words: 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_cpp_and_torch_agree_to_the_bit(seed: int, device: str) -> None:
+def test_normal_in_cpp_equals_torch_to_the_bit(seed: int, device: str) -> None:
     needs_native()
     out = torch.full((150_001,), math.nan)
     native.lib.normal(out, seed, 3)
     assert torch.equal(bits(out), bits(noise.normal_torch(seed, len(out), stream=3, device=device)))
 
 
-def test_a_million_elements_agree_to_the_bit() -> None:
+def test_normal_in_cpp_equals_torch_for_a_million_elements() -> None:
     needs_native()
     out = torch.full((1_000_000,), math.nan)
     native.lib.normal(out, 20261122, 0)
     assert torch.equal(bits(out), bits(noise.normal_torch(20261122, len(out))))
 
 
-def test_extreme_words_come_within_1e_6_of_the_exact_formula() -> None:
+def test_normal_is_within_1e_6_of_the_exact_formula_at_extreme_words() -> None:
     edges = [0, 1, 2, 255, 2**29 - 1, 2**29, 2**30, 2**31 - 1, 2**31, 3 * 2**29, 2**32 - 256, 2**32 - 1]
     words = torch.tensor(edges)
     u = (words.double() * 2.0**-32 + 2.0**-33).float().double()
-    radius = noise._radius(words)
+    radius = noise.polar_radius(words)
     assert torch.isfinite(radius).all()
     assert (radius.double() - (-2 * u.log()).sqrt()).abs().max() < 1e-6
-    cosine, sine = noise._circle(words)
+    cosine, sine = noise.polar_direction(words)
     angle = words.double() * (2 * math.pi * 2.0**-32)
     assert (cosine.double() - angle.cos()).abs().max() < 1e-6
     assert (sine.double() - angle.sin()).abs().max() < 1e-6
 
 
-def test_the_words_give_the_normals_of_box_and_muller() -> None:
+def test_normal_is_box_and_muller_of_the_words() -> None:
     words = noise.random_words(11, 200_000, stream=2).reshape(-1, 4).double()
     z = noise.normal(11, (200_000,), stream=2).reshape(-1, 4).double()
     for first in (0, 2):
@@ -98,7 +98,7 @@ def test_the_words_give_the_normals_of_box_and_muller() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 2**64 - 1])
-def test_moments_and_tails_are_those_of_a_normal(seed: int) -> None:
+def test_normal_has_the_moments_and_tails_of_a_normal(seed: int) -> None:
     n = 1_000_000
     z = noise.normal(seed, (n,)).double()
     root = math.sqrt(n)
@@ -113,20 +113,20 @@ def test_moments_and_tails_are_those_of_a_normal(seed: int) -> None:
     assert z.abs().max() < math.sqrt(66 * math.log(2)) + 1e-5
 
 
-def test_the_distribution_passes_kolmogorov_and_smirnov() -> None:
+def test_normal_passes_kolmogorov_and_smirnov() -> None:
     """On one long clip, and the p-values of a hundred short ones must be uniform: neither too bad nor too good."""
     assert stats.kstest(noise.normal(5, (4_000_000,)).numpy(), "norm").pvalue > 1e-3
     pvalues = [stats.kstest(noise.normal(seed, (20_000,)).numpy(), "norm").pvalue for seed in range(100)]
     assert stats.kstest(pvalues, "uniform").pvalue > 1e-3
 
 
-def test_neighbours_are_not_correlated() -> None:
+def test_normal_neighbours_are_not_correlated() -> None:
     z = noise.normal(9, (400_000,)).double()
     for lag in (1, 2, 3, 4, 5, 64):
         assert abs((z[:-lag] * z[lag:]).mean()) < 5 / math.sqrt(400_000)
 
 
-def test_streams_and_seeds_are_independent() -> None:
+def test_normal_streams_and_seeds_are_independent() -> None:
     n = 400_000
     clips = [
         noise.normal(s, (n,), stream=k).double() for s, k in ((3, 0), (3, 1), (4, 0), (3, 2**32 - 1), (3 + 2**32, 0))
@@ -137,13 +137,13 @@ def test_streams_and_seeds_are_independent() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_longer_clip_begins_with_the_same_noise(device: str) -> None:
+def test_normal_of_a_longer_clip_begins_with_the_same_noise(device: str) -> None:
     long = noise.normal(42, (1, 100, 64), device=device).flatten()
     for length in (1, 2, 3, 4, 5, 63, 64, 65, 6399):
         assert torch.equal(noise.normal(42, (length,), device=device), long[:length])
 
 
-def test_shape_and_type_are_as_asked() -> None:
+def test_normal_has_the_requested_shape_and_dtype() -> None:
     for shape in ((), (0,), (3, 0, 2), (5,), (2, 3, 7), [2, 2]):
         z = noise.normal(1, shape)
         assert z.shape == tuple(shape)
@@ -152,12 +152,12 @@ def test_shape_and_type_are_as_asked() -> None:
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.0, True, "7", None, float("nan"), np.float32(3)])
-def test_bad_seeds_are_refused(seed: object) -> None:
+def test_normal_refuses_bad_seeds(seed: object) -> None:
     with pytest.raises(InvalidInputError, match="seed must be an integer from 0"):
         noise.normal(seed, (4,))  # type: ignore[arg-type]
 
 
-def test_bad_streams_and_shapes_are_refused() -> None:
+def test_normal_refuses_bad_streams_and_shapes() -> None:
     for stream in (-1, 2**32, 0.5, False):
         with pytest.raises(InvalidInputError, match="stream"):
             noise.normal(0, (4,), stream=stream)

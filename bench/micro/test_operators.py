@@ -1,7 +1,7 @@
-"""Each C++ operator beside torch and beside copying as many bytes: `python bench/operators.py` runs this through
+"""Time of each C++ operator, of torch, and of copying as many bytes: `python bench/operators.py` runs this through
 pytest-benchmark and keeps the medians. In bf16 at nano's shapes for 32 s of stereo.
 
-Ours must first equal torch's result: no speed for a wrong one.
+An operator must first equal torch's result; a wrong one is an error, not a time.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ WIDTH, BF16 = HEADS * DIM, torch.bfloat16
 
 @dataclass
 class Case:
-    """ours and torch's way to one result; moved: bytes, each input read once and each output written once.
-    difference: the largest allowed, relative to the largest value; None where both are checked elsewhere."""
+    """Two functions with one result.
+
+    ours: runs the C++ operator. plain: runs torch. moved: bytes, each input read once and each output written once.
+    difference: the largest allowed, relative to the largest value; None where tests alone check it.
+    """
 
     ours: Callable[[], Tensor]
     plain: Callable[[], Tensor]

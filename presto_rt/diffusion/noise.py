@@ -74,13 +74,13 @@ def normal(seed: int, shape: Sequence[int], *, stream: int = 0, device: torch.de
 
 
 def normal_torch(seed: int | Tensor, count: int, *, stream: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """The twin: the first `count` elements of a stream, float32, by the equations above in plain torch.
+    """The first `count` elements of a stream, float32, by the equations above: the torch reference of `normal`.
 
     seed: an int, or its 64 bits as an int64 tensor without dimensions, which is not read on the host.
     """
     words = random_words(seed, count, stream=stream, device=device).reshape(-1, 2, 2)
-    radius = _radius(words[..., 0])
-    cosine, sine = _circle(words[..., 1])
+    radius = polar_radius(words[..., 0])
+    cosine, sine = polar_direction(words[..., 1])
     return torch.stack((radius * cosine, radius * sine), dim=-1).flatten()[:count]
 
 
@@ -112,8 +112,8 @@ def _multiply(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def _radius(word: Tensor) -> Tensor:
-    """sqrt(-2 ln u) of 32-bit words in int64."""
+def polar_radius(word: Tensor) -> Tensor:
+    """Return sqrt(-2 ln u), float32, of 32-bit words held in int64."""
     u = word.to(torch.float32) * 2.0**-32 + 2.0**-33
     bits = u.view(torch.int32)
     exponent = (bits - 0x3F3504F3) >> 23
@@ -131,8 +131,8 @@ def _radius(word: Tensor) -> Tensor:
     return torch.sqrt((ln * -2.0).to(torch.float64)).to(torch.float32)
 
 
-def _circle(word: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of 2 pi word / 2^32, of 32-bit words in int64."""
+def polar_direction(word: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of 2 pi word / 2^32, float32, of 32-bit words held in int64."""
     shifted = (word + 2**29) & _MASK32
     quadrant = shifted >> 30
     a = ((shifted & (2**30 - 1)) - 2**29).to(torch.float32) * (2.0 * math.pi * 2.0**-32)

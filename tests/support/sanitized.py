@@ -1,4 +1,4 @@
-"""A pytest plugin, see `make test-sanitize`: loads the sanitized build in place of presto_rt._C."""
+"""Pytest plugin of `make test-sanitize`: load the sanitized build in place of presto_rt._C."""
 
 from __future__ import annotations
 
