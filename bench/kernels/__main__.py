@@ -1,15 +1,14 @@
-"""The kernels' speed: ours, eager torch, torch.compile and the peers, one table and one JSON file.
+"""Speed of the kernels against eager torch, torch.compile and other libraries, in one table and one JSON file.
 
     python -m bench.kernels [--gpu] [--minutes 7] [--operators adaln gemm ...] [--compile] [--untested]
 
-Without --gpu: the CPU rows (what runs where there is no GPU: plain torch) at the shapes of nano, and a word on what
-needs a GPU. With --gpu: the GPU tests, then the Triton kernels at the shapes of small and medium, torch.compile last;
-on a machine without a GPU it dry-runs: the compile of every kernel, the collection of the tests and every step of the
-run at a tiny shape, so that only the timing itself is left.
+Without --gpu: the CPU rows (plain torch) at the shapes of nano, and a list of the rows that need a GPU. With --gpu: the
+GPU tests, then the Triton kernels at the shapes of small and medium, torch.compile last. On a machine without a GPU,
+--gpu is a dry run: it compiles every kernel, collects the tests and runs every step at a tiny shape, without timing.
 
-Tests and operators run in processes of their own, each with a time limit: one that fails, hangs or breaks the GPU's
-context costs its own rows. The JSON file is written after every operator. Nothing needs to be installed but torch,
-Triton, pytest and hypothesis.
+Each test file and operator runs in a separate process with a time limit, so one that fails, hangs or breaks the GPU's
+context loses only its own rows. The JSON file is written after every operator. Requires torch, Triton, pytest and
+hypothesis.
 """
 
 from __future__ import annotations
@@ -40,12 +39,13 @@ TESTS = ROOT / "tests" / "kernels"
 TEST_FILES = {"snake_conv1d": "test_convolutions.py", "conv_transpose1d": "test_convolutions.py"}
 #: an H200 as measured: bytes/s of a copy, bf16 operations/s of a large product
 H200 = Ceiling(4.3e12, 790e12)
-NOTHING = "nothing to run here"  # verdict on a file without tests for this device
+NOTHING = "nothing to run here"  # verdict of a file without tests for this device
 TEST_SHARE = 0.45  # of the minutes; the rest is for timing
 OPERATOR_SECONDS = 90
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark of the command line; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description="Speed of the kernels.")
     parser.add_argument("--gpu", action="store_true", help="the GPU rows; a dry run where there is no GPU")
     parser.add_argument("--minutes", type=float, default=7.0, help="after which nothing new starts on a GPU (7)")
@@ -79,9 +79,17 @@ def time_all(
     name: str,
     dry: bool = False,
 ) -> int:
-    """Time all operators, print the table, write bench/results/NAME.json as it grows (dry: neither). 1 if any fails.
+    """Time all operators, print the table and update bench/results/NAME.json after each; return 1 if any fails.
 
-    passes: over all operators, each (their own ways?, mode of torch.compile or "").
+    Args:
+        operators: names from OPERATORS.
+        device: "cpu" or "cuda".
+        sizes: presets that give the shapes.
+        passes: passes over all operators, each (True for the case's listed ways, mode of torch.compile or "").
+        tests: verdict of pytest by file.
+        end: time.monotonic() after which nothing starts.
+        name: of the JSON file.
+        dry: neither print nor write results.
     """
     job: dict[str, Any] = {"device": device, "presets": list(sizes), "seconds": 0 if dry else 0.5}
     measured, why = collect(job | {"operator": "ceiling", "size": "dry" if dry else device}, end - time.monotonic())
@@ -120,7 +128,7 @@ def time_all(
 
 
 def collect(job: dict[str, Any], limit: float) -> tuple[list[dict[str, Any]], str]:
-    """(rows, what went wrong or "") of a worker that does `job` within `limit` seconds."""
+    """Run a worker on `job` for at most `limit` seconds; return its rows and the reason of a failure, or ""."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows"
         code, output = run([sys.executable, "-m", "bench.kernels.worker", str(file), json.dumps(job)], limit)
@@ -132,10 +140,10 @@ def collect(job: dict[str, Any], limit: float) -> tuple[list[dict[str, Any]], st
 
 
 def run(command: list[str], limit: float) -> tuple[int | None, str]:
-    """(exit status, output) of a command in the repository's root; None when it had to be stopped after `limit` s."""
+    """Run a command in the repository's root; return (exit status, output), status None after `limit` seconds."""
     if limit <= 0:
         return None, ""
-    # a session of its own, so that the processes it started (compilers) stop with it
+    # A new session, so that processes that it started (compilers) are stopped with it.
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -150,7 +158,7 @@ def run(command: list[str], limit: float) -> tuple[int | None, str]:
 
 
 def run_tests(operators: Sequence[str], device: str, limit: float) -> dict[str, str]:
-    """What pytest says at its end, by file: the operators' own on a CPU, all kernel tests on a GPU, side by side there.
+    """Return pytest's summary line by file: the operators' files on a CPU, all kernel tests in parallel on a GPU.
 
     No speed-up is printed for an operator whose file is not green.
     """
@@ -176,16 +184,17 @@ def run_tests(operators: Sequence[str], device: str, limit: float) -> dict[str, 
 
 
 def test_file(operator: str) -> str:
+    """Return the name of an operator's test file."""
     return TEST_FILES.get(operator, f"test_{operator}.py")
 
 
 def is_green(verdict: str) -> bool:
-    """Whether something passed and nothing failed; a file whose tests were all skipped is not green."""
+    """Return True if tests passed and none failed; a file whose tests were all skipped is not green."""
     return re.match(r"[1-9]\d* passed", verdict) is not None
 
 
 def judge(rows: list[dict[str, Any]], tests: dict[str, str]) -> None:
-    """Give each row its speed-up over the eager row of the same shape, or the reason why there is none."""
+    """Add to each row its speed-up over the eager row of the same shape, or the reason why it has none."""
     timed = [row for row in rows if "seconds" in row]
     eager = {(row["operator"], row["shape"]): row["seconds"]["median"] for row in timed if row["way"] == "eager"}
     for row in timed:
@@ -205,7 +214,7 @@ HEADER = ["operator", "shape", "way", "median us", "p90 us", "GB/s", "TFLOP/s", 
 
 
 def line(row: dict[str, Any]) -> list[str]:
-    """The cells of a row."""
+    """Return the cells of a row."""
     way = row["way"] + (f" ({row['chosen']})" if "chosen" in row else "")
     if "left_out" in row:
         return [row["operator"], row["shape"], way, f"left out: {row['left_out']}", *["-"] * 5]
@@ -215,9 +224,7 @@ def line(row: dict[str, Any]) -> list[str]:
 
 
 def floors(operators: Sequence[str], top: Ceiling = H200) -> str:
-    """A table of bytes, operations and floors at small and medium, from the cases alone, and what ours reaches on each
-    GPU of which bench/results has a file.
-    """
+    """Return a table of bytes, operations and floors at small and medium, with measured times from bench/results."""
     reached: dict[str, dict[tuple[str, str], float]] = {}
     for path in sorted((ROOT / "bench" / "results").glob("kernels-NVIDIA-*.json")):
         ours = [
@@ -239,7 +246,7 @@ def floors(operators: Sequence[str], top: Ceiling = H200) -> str:
 
 
 def dry_run(operators: Sequence[str]) -> int:
-    """Everything of the GPU run that a CPU can do. 1 if any of it fails."""
+    """Run all parts of the GPU run that a CPU can do; return 1 if any fails."""
     print("No CUDA GPU here: dry run, nothing is timed.", flush=True)
     code, output = run([sys.executable, "-m", "presto_rt.kernels.report", "--arch", "sm_90", *operators], 1800)
     print(output if code else f"ready: {output.count('sm_90')} kernels compile for sm_90, none spills", flush=True)

@@ -14,6 +14,7 @@ from presto_rt.kernels.attention import attention
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:
+    """Yield the operator's cases at a preset's shapes."""
     s = shapes(preset, device)
     for dim in (s.head_dim, 2 * s.head_dim):
         heads = s.width // dim

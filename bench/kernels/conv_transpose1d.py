@@ -14,6 +14,7 @@ from presto_rt.kernels.snake_conv1d import Snake
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:
+    """Yield the operator's cases at a preset's shapes."""
     s = shapes(preset, device)
     stages = ((1024, 8, 256), (256, 2, 8)) if device != "cpu" else ((64, 4, 64),)
     for channels, stride, divisor in stages:

@@ -13,6 +13,7 @@ from presto_rt.kernels.cross_attention import cross_attention
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:
+    """Yield the operator's cases at a preset's shapes."""
     s = shapes(preset, device)
     weight = s.randn(s.head_dim, dtype=torch.float32)
     weight16 = weight.bfloat16()

@@ -1,8 +1,7 @@
-"""Times one operator several ways on the same inputs, against what the machine itself can do.
+"""Timing of one operator several ways on the same inputs, against the machine's measured rates.
 
-Inputs are rotated through enough copies to overflow the last-level cache, so nothing is timed warm that the network
-would find cold. On a GPU one CUDA graph holds a call on each copy and is replayed: launches cost what they cost
-inside the engine.
+Inputs are rotated through enough copies to overflow the last-level cache, since the network finds them cold, too. On a
+GPU one CUDA graph holds a call on each copy and is replayed, so launches cost the same as inside the engine.
 """
 
 from __future__ import annotations
@@ -42,33 +41,33 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Ceiling:
-    """What the machine reaches: bytes/s of a large copy (read plus written), operations/s of a large bf16 product."""
+    """Measured rates: bytes/s of a large copy (read plus written), operations/s of a large bf16 product."""
 
     bandwidth: float
     product: float
 
     def floor(self, case: Case) -> float:
-        """Seconds below which no version can run."""
+        """Return the lower bound of the case's time in seconds."""
         return max(case.moved / self.bandwidth, case.operations / (case.rate * self.product))
 
 
 def cases(operator: str, device: str, preset: str) -> list[Case]:
-    """The cases of one operator's file."""
+    """Return the cases of one operator's file."""
     return list(importlib.import_module(f"bench.kernels.{operator}").cases(device, preset))
 
 
 def presets(device: str) -> tuple[str, ...]:
-    """GPU rows at the sizes that need one."""
+    """Return the presets whose shapes are timed on a device."""
     return ("small", "medium") if device == "cuda" else ("nano",)
 
 
 def size(*tensors: Tensor | None) -> int:
-    """Bytes of the tensors together."""
+    """Return the total bytes of the tensors."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def copies(case: Case, device: str, limit: int = 32) -> list[tuple[Tensor, ...]]:
-    """Input sets that together overflow the cache twice; at least two."""
+    """Return sets of inputs that together overflow the cache twice; at least two, at most `limit`."""
     first = case.make()
     cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else CACHE_BYTES
     count = max(2, min(limit, -(-2 * cache // max(1, size(*first)))))
@@ -76,7 +75,7 @@ def copies(case: Case, device: str, limit: int = 32) -> list[tuple[Tensor, ...]]
 
 
 def measure(way: Way, inputs: list[tuple[Tensor, ...]], device: str, seconds: float = 0.5) -> dict[str, float]:
-    """Seconds per call: median, 90th percentile, extremes, number of runs over all inputs."""
+    """Return seconds per call: median, 90th percentile, extremes and number of runs over all inputs."""
     run = _graph(way, inputs) if device == "cuda" else lambda: [way(*tensors) for tensors in inputs]
     clock = _cuda_seconds if device == "cuda" else _cpu_seconds
     clock(run)
@@ -123,7 +122,7 @@ def _cpu_seconds(run: Callable[[], Any]) -> float:
 
 
 def ceiling(device: str, numbers: int, side: int) -> Ceiling:
-    """From a copy of that many fp32 numbers and a bf16 product of two such squares, measured here and now."""
+    """Measure a copy of `numbers` fp32 numbers and a bf16 product of two side x side matrices."""
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
     copied = measure(lambda a: target.copy_(a), [(source,)], device)["median"]
@@ -133,7 +132,7 @@ def ceiling(device: str, numbers: int, side: int) -> Ceiling:
 
 
 def result(case: Case, way: str, times: dict[str, float], top: Ceiling) -> dict[str, Any]:
-    """A row for JSON and table."""
+    """Return the row of one case and way for JSON and table."""
     return {
         "operator": case.operator,
         "shape": case.shape,

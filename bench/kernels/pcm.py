@@ -13,6 +13,7 @@ from presto_rt.kernels.sampler_step import seeds_tensor
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:
+    """Yield the operator's cases at a preset's shapes."""
     s = shapes(preset, device)
     seeds = seeds_tensor([7], device)
 

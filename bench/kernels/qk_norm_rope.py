@@ -15,6 +15,7 @@ from presto_rt.models.dit import rotary_table
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:
+    """Yield the operator's cases at a preset's shapes."""
     s = shapes(preset, device)
     dim = s.head_dim
     cos, sin = rotary_table(s.tokens, dim, device)
@@ -35,7 +36,7 @@ def cases(device: str, preset: str) -> Iterator[Case]:
         return qk_norm_rope(qkv, s.heads, rotary, norm=norm)
 
     def flashinfer(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Its norm runs across all heads and it copies V: the same reads, a third more writes."""
+        """Normalize across all heads and copy V: the same reads, a third more writes."""
         peer = importlib.import_module("flashinfer.diffusion_ops").fused_qk_rmsnorm_rope
         counts = {f"num_heads_{part}": s.heads for part in "qkv"}
         axes = {"ppf": s.tokens, "pph": 1, "ppw": 1}

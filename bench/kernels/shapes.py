@@ -13,7 +13,7 @@ SECONDS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """What the operators' cases need to know of a preset on a device."""
+    """Shapes of one preset on one device, as the operators' cases need them."""
 
     width: int
     head_dim: int
@@ -31,7 +31,7 @@ class Shapes:
 
 
 def shapes(preset: str, device: str) -> Shapes:
-    """Shapes of "nano", "small", "medium"; "tiny" is for dry runs, with one second of sound."""
+    """Return the shapes of "nano", "small", "medium" or, for dry runs with one second of sound, "tiny"."""
     config = PRESETS[preset]
     seconds = 1 if preset == "tiny" else SECONDS
     return Shapes(config.width, config.head_dim, seconds * 689 // 32, 64, seconds * 44_100, device)

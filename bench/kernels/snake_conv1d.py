@@ -13,6 +13,7 @@ from presto_rt.kernels.snake_conv1d import Snake, pack, snake_conv1d
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:
+    """Yield the operator's cases at a preset's shapes."""
     s = shapes(preset, device)
     stages = ((128, 1), (512, 8)) if device != "cpu" else ((32, 8),)
     for channels, divisor in stages:

@@ -12,6 +12,7 @@ from presto_rt.kernels.spsi import spsi, spsi_reference
 
 
 def cases(device: str, preset: str) -> Iterator[Case]:
+    """Yield the operator's cases at a preset's shapes."""
     s = shapes(preset, device)
     frames = min(s.samples // 512, 344)  # 4 s: the loop launches several kernels for each frame
 

@@ -1,6 +1,4 @@
-"""The same cases under pytest-benchmark: `pytest bench/kernels --benchmark-only` compares and keeps runs its own
-way.
-"""
+"""The same cases under pytest-benchmark: `pytest bench/kernels --benchmark-only`."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""One operator, timed in a process of its own, so that what goes wrong there stays there.
+"""Worker process that times one operator, so that a failure affects no other operator.
 
     python -m bench.kernels.worker FILE JOB
 
-JOB is JSON: {"operator", "device", "presets", "own", "compile", "ceiling", "seconds"}. Each row goes to FILE as a line
-of JSON the moment it is known: what was measured before a crash or a time limit stays. The operator "ceiling" measures
-the machine itself.
+JOB is JSON: {"operator", "device", "presets", "own", "compile", "ceiling", "seconds"}. Each row is
+appended to FILE as a line of JSON as soon as it is measured, so rows before a crash or a time limit are kept. The
+operator "ceiling" measures the machine's rates.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from bench.kernels.harness import Case, Ceiling, cases, ceiling, copies, measure
 
 
 def main(file: str, job: str) -> None:
-    # every baseline gets what torch offers
+    """Time the operator of `job` and append its rows to `file`."""
+    # Every baseline gets the fastest settings of torch.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     options = json.loads(job)
     path = Path(file)
@@ -37,7 +38,7 @@ def main(file: str, job: str) -> None:
 
 
 def time_case(case: Case, top: Ceiling, path: Path, options: dict[str, Any]) -> None:
-    """Rows of one case; a way that cannot run here (a peer that is not installed, say) gives a row that says why."""
+    """Append the rows of one case; a way that cannot run here gives a row with the reason."""
     device, seconds = options["device"], options["seconds"]
     ways = dict(case.ways) if options["own"] else {}
     if options["compile"]:
@@ -59,7 +60,7 @@ def time_case(case: Case, top: Ceiling, path: Path, options: dict[str, Any]) -> 
 
 
 def compiled(eager: Any, mode: str) -> Any:
-    """torch.compile of the eager way for fixed shapes. mode: "aot_eager" traces and generates no code (dry runs)."""
+    """Return the eager way under torch.compile for fixed shapes; mode "aot_eager" only traces, for dry runs."""
     torch._dynamo.reset()
     if mode == "aot_eager":
         return torch.compile(eager, backend="aot_eager", dynamic=False)
@@ -67,12 +68,13 @@ def compiled(eager: Any, mode: str) -> Any:
 
 
 def chosen(operator: str) -> dict[Any, str]:
-    """What backend="auto" has measured to be fastest so far, in the operators that choose."""
+    """Return the selections of backend="auto" so far; empty for operators without a selector."""
     module = importlib.import_module(f"presto_rt.kernels.{operator}")
     return dict(module.selector.selected) if hasattr(module, "selector") else {}
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to a file of JSON lines."""
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
 

@@ -42,8 +42,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> None:
-    """Each test has inputs of its own, the same in every run; PRESTO_RT_FRESH_SEEDS=1 draws new ones. The seed is
-    printed, so that a failure can be repeated."""
+    """Seed torch by the test's name, or at random with PRESTO_RT_FRESH_SEEDS=1, and print the seed for repetition."""
     fresh = os.environ.get("PRESTO_RT_FRESH_SEEDS") == "1"
     seed = random.SystemRandom().randrange(2**31) if fresh else zlib.crc32(request.node.nodeid.encode())
     print(f"torch.manual_seed({seed})")

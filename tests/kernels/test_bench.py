@@ -89,7 +89,7 @@ def test_time_all_reports_a_red_operator_and_continues(bench, monkeypatch, capsy
 
 
 def test_collect_keeps_rows_after_a_crash_and_a_time_limit(bench, monkeypatch, tmp_path):
-    """The worker's own process, with jobs that end badly."""
+    """In the worker's process, with jobs that fail."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # it would interpret a second of samples
     job = {"device": "cpu", "presets": ["tiny", "huge"], "own": True, "compile": "", "ceiling": TOP, "seconds": 0}
     found, why = bench.collect(job | {"operator": "pcm"}, 300)  # there is no preset "huge"
