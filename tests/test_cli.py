@@ -41,8 +41,22 @@ def test_generate_writes_a_file_and_reports(model: str, tmp_path: Path, capsys: 
 
 
 def test_generate_json_lists_every_clip(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", "piano", "drums", "--count", "2", "-o", str(tmp_path / "b.flac"), "--seconds", "0.3",
-                 "--seed", "9", "--model", model, "--json"]  # fmt: skip
+    arguments = [
+        "generate",
+        "piano",
+        "drums",
+        "--count",
+        "2",
+        "-o",
+        str(tmp_path / "b.flac"),
+        "--seconds",
+        "0.3",
+        "--seed",
+        "9",
+        "--model",
+        model,
+        "--json",
+    ]
     assert main(arguments) == 0
     made = json.loads(capsys.readouterr().out)
     assert [m["seed"] for m in made] == [9, 10, 11, 12]
@@ -55,18 +69,31 @@ def test_generate_json_lists_every_clip(model: str, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--seconds", "0"], "seconds"), (["--seconds", "nan"], "seconds"), (["--seconds", "500"], "120"),
-        (["--steps", "0"], "steps"), (["--sampler", "magic"], "dpmpp_2m"), (["--layers", "900%"], "blocks"),
-        (["--guidance", "-1"], "guidance"), (["--bpm", "1"], "bpm"), (["--seed", "-4"], "seed"),
-        (["--count", "0"], "count"), (["--device", "tpu"], "cpu"), (["--backend", "abacus"], "torch"),
-        (["--model", "nothing"], "shipped models are"), (["-o", "/no/such/folder/x.wav"], "folder"),
+        (["--seconds", "0"], "seconds"),
+        (["--seconds", "nan"], "seconds"),
+        (["--seconds", "500"], "120"),
+        (["--steps", "0"], "steps"),
+        (["--sampler", "magic"], "dpmpp_2m"),
+        (["--layers", "900%"], "blocks"),
+        (["--guidance", "-1"], "guidance"),
+        (["--bpm", "1"], "bpm"),
+        (["--seed", "-4"], "seed"),
+        (["--count", "0"], "count"),
+        (["--device", "tpu"], "cpu"),
+        (["--backend", "abacus"], "torch"),
+        (["--model", "nothing"], "shipped models are"),
+        (["-o", "/no/such/folder/x.wav"], "folder"),
         (["-o", "x.mp3"], ".flac"),
     ],
-)  # fmt: skip
+)
 def test_generate_explains_mistakes_in_one_line(
-    model: str, tmp_path: Path, arguments: list[str], words: str,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    model: str,
+    tmp_path: Path,
+    arguments: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     full = ["generate", "piano", "--seconds", "0.3", "--model", model, "--quiet", *arguments]
     assert main(full) == 1
@@ -79,8 +106,21 @@ def test_generate_explains_mistakes_in_one_line(
 
 def test_generate_interrupted_writes_nothing(model: str, tmp_path: Path) -> None:
     """Ctrl-C during sampling: one line, status 130, no file."""
-    command = [sys.executable, "-m", "presto_rt.cli", "generate", "piano", "--seconds", "100", "--steps", "1000",
-               "--model", model, "-o", str(tmp_path / "x.wav")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "presto_rt.cli",
+        "generate",
+        "piano",
+        "--seconds",
+        "100",
+        "--steps",
+        "1000",
+        "--model",
+        model,
+        "-o",
+        str(tmp_path / "x.wav"),
+    ]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
@@ -119,16 +159,23 @@ def test_info_prints_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--device", "tpu"], "auto, cpu and cuda"), (["--set", "clips=1"], "there are learning_rate, tokens"),
-        (["--set", "clip=loud"], "1.0"), (["--tokens", "0"], "tokens"), (["--set", "minutes=3"], "'minutes'"),
-        (["--start-from", "nothing"], "no model 'nothing'"), (["--run", "data/manifest.json"], "data/manifest.json"),
+        (["--device", "tpu"], "auto, cpu and cuda"),
+        (["--set", "clips=1"], "there are learning_rate, tokens"),
+        (["--set", "clip=loud"], "1.0"),
+        (["--tokens", "0"], "tokens"),
+        (["--set", "minutes=3"], "'minutes'"),
+        (["--start-from", "nothing"], "no model 'nothing'"),
+        (["--run", "data/manifest.json"], "data/manifest.json"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.usefixtures("entry_points")
 def test_lab_train_explains_mistakes_in_one_line(
-    arguments: list[str], words: str, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_latents("data")
     assert main(["lab", "train", "base", "--minutes", "0.001", "--model", "tiny", *arguments]) == 1
@@ -142,11 +189,16 @@ def test_lab_train_explains_mistakes_in_one_line(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--batch", "0"], "--batch"), (["--count", "3"], "--count"), (["--workers", "-1"], "--workers"),
-        (["--seconds", "nan"], "--seconds"), (["--seed", "-1"], "--seed"), (["--reference", "0"], "--reference"),
-        (["--compare", "a/nano", "b/nano"], "'nano'"), (["--compare", "out/generated"], "'generated'"),
+        (["--batch", "0"], "--batch"),
+        (["--count", "3"], "--count"),
+        (["--workers", "-1"], "--workers"),
+        (["--seconds", "nan"], "--seconds"),
+        (["--seed", "-1"], "--seed"),
+        (["--reference", "0"], "--reference"),
+        (["--compare", "a/nano", "b/nano"], "'nano'"),
+        (["--compare", "out/generated"], "'generated'"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.usefixtures("entry_points")
 def test_lab_eval_explains_mistakes_in_one_line(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]

@@ -66,9 +66,11 @@ def test_server_example_serves_clips_and_explains_errors(folder: Path) -> None:
         want = model.generate("calm piano", seconds=0.5, seed=7, steps=2)
         assert np.array_equal(got, want.to_int16())
         for path, code, words in (
-            ("/clip?seconds=-1", 400, "seconds"), ("/clip?seed=soon", 400, "seed must be"),
-            ("/clip?seconds=61", 400, "60"), ("/other", 404, "/clip"),
-        ):  # fmt: skip
+            ("/clip?seconds=-1", 400, "seconds"),
+            ("/clip?seed=soon", 400, "seed must be"),
+            ("/clip?seconds=61", 400, "60"),
+            ("/other", 404, "/clip"),
+        ):
             with pytest.raises(urllib.error.HTTPError) as caught:
                 urllib.request.urlopen(base + path, timeout=60)
             assert caught.value.code == code
@@ -79,8 +81,9 @@ def test_server_example_serves_clips_and_explains_errors(folder: Path) -> None:
         server.server_close()
 
 
-def test_describe_prints_buffers_and_detects_aliases(monkeypatch: pytest.MonkeyPatch,
-                                             capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_describe_prints_buffers_and_detects_aliases(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["describe", "medium", "--seconds", "32", "--guidance", "2", "--layers", "75%"]) == 0
     printed = capsys.readouterr().out
     lines = {line.split()[0]: line.split() for line in printed.splitlines() if line}

@@ -47,7 +47,8 @@ def test_thread_limit_does_not_spin_while_processors_are_busy() -> None:
     if openmp() is None or not 2 <= (os.cpu_count() or 1) <= 16:
         pytest.skip("needs GNU's OpenMP and 2 to 16 processors")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
-    done = subprocess.run([sys.executable, "-c", SHARED, BUSY], env=clean, capture_output=True, text=True, check=True,
-                          timeout=100)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED, BUSY], env=clean, capture_output=True, text=True, check=True, timeout=100
+    )
     one, several = map(float, done.stdout.split())
     assert several < 10 * one + 0.2

@@ -119,7 +119,18 @@ def read(path: str | os.PathLike[str]) -> tuple[np.ndarray, int]:
 def encode_wav(
     samples: np.ndarray, sample_rate: int, subtype: str = "pcm16", *, seed: int = 0, comment: str = ""
 ) -> bytes:
-    """Return a whole RIFF file; arguments as for `write`. libsndfile would put the time of day into float files."""
+    """Return the bytes of a whole RIFF file. libsndfile would put the time of day into float files.
+
+    Args:
+        samples: float32 (channels, frames), nominally in [-1, 1]. NaN is written as silence.
+        sample_rate: Hz.
+        subtype: "pcm16" (dithered), "pcm24" or "float32".
+        seed: Seed of the dither.
+        comment: Text of the file's comment tag; empty for none.
+
+    Raises:
+        OutputError: The file would exceed 4 GiB.
+    """
     channels, frames = samples.shape
     if subtype == "float32":
         code, width = _WAV_FLOAT, 4

@@ -27,7 +27,10 @@ def write_tiny_model(folder: Path) -> Path:
     dit, codec = DiT(preset("tiny")), Codec(CODEC)
     for p in dit.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    config = {"model": dit.config.to_dict(), "codec": CODEC.to_dict(),
-              "defaults": {"steps": 4, "sampler": "heun", "guidance": 2.0}}  # fmt: skip
+    config = {
+        "model": dit.config.to_dict(),
+        "codec": CODEC.to_dict(),
+        "defaults": {"steps": 4, "sampler": "heun", "guidance": 2.0},
+    }
     save_folder(folder, config, {"dit": dit.state_dict(), "codec": codec.state_dict()})
     return folder
