@@ -10,6 +10,7 @@ so the samples are those of the clip alone. No value is read on the host, so tha
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -183,7 +184,7 @@ class CodecProgram:
 
     def __init__(self, codec: Codec, ops: Ops) -> None:
         self.config, self.ops = codec.config, ops
-        self.frames = codec.frames.to(ops.device)
+        self.frames = copy.deepcopy(codec.frames).to(ops.device)  # the codec's encoder stays where it is
         self.gain = codec.synthesis_gain.detach().to(ops.device, torch.float32, copy=True)
         self.weights = PackedDecoder(codec, ops)
         self.pool: Pool[Arena] = Pool()
