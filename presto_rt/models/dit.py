@@ -25,6 +25,7 @@ from ..conditioning.ports import Conditioning
 from ..conditioning.tempo import BEAT_CHANNELS
 from ..conditioning.text_conditioner import VectorFields, pack_vector, unpack_vector
 from ..diffusion.precond import sigma_of
+from ..errors import InvalidInputError
 from .config import ModelConfig
 from .rotary import rotary_angles, rotate
 
@@ -59,9 +60,12 @@ class Condition:
         return cls(ports.cross, ports.cross_mask, vector.pooled, vector.seconds, ports.local, vector.key)
 
     def ports(self) -> Conditioning:
-        """Return the conditioning by ports; valid tokens must come first."""
+        """Return the conditioning by ports. Raises InvalidInputError for a mask whose valid tokens do not come first."""
         lengths = self.text_mask.sum(1, dtype=torch.int32)
-        return Conditioning(self.text, lengths, self.vector(), self.beat)
+        ports = Conditioning(self.text, lengths, self.vector(), self.beat)
+        if not torch.equal(ports.cross_mask, self.text_mask.bool()):
+            raise InvalidInputError("text_mask has holes: the valid tokens of each clip must come first")
+        return ports
 
     def vector(self) -> Tensor:
         """Return the vector port (B, text_dim + 25)."""
