@@ -32,7 +32,7 @@ from ..plan import Planner
 from ..precision import Precision
 from ..spec import NetworkSpec
 from ..weights import TransformerWeights
-from .buffers import GraphKey, graph_key
+from .buffers import GraphKey, check_job, graph_key
 from .fp8 import Fp8
 from .graph import CapturedGraph, GraphModel
 from .ops import CudaOps
@@ -112,6 +112,7 @@ class GraphBackend:
 
     def run(self, job: Job, on_step: OnStep | None = None) -> Result:
         """See `Backend.run`. The steps are reported after the graph, one after another."""
+        check_job(job, self.model.spec, self.model.conditioner)
         key = graph_key(job, calibrated=self.model.fp8 is not None)
         result = self._run_with_retry(key, job)
         for step in range(1, job.calls[-1].step + 1 if on_step else 1):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...conditioning.ports import NEGATIVE, Conditioner, HostInputs
+from ...errors import InvalidInputError
 from ..backend import SAMPLE_FORMATS, Job
 from ..memory import Arena, Buffer
 from ..plan import COLUMNS, call_table, initial_scale
@@ -73,6 +74,31 @@ def graph_key(job: Job, calibrated: bool = False) -> GraphKey:
         sample_format=job.sample_format,
         sigmas=tuple(call.sigma for call in job.calls) if calibrated else (),
     )
+
+
+def check_job(job: Job, spec: NetworkSpec, conditioner: Conditioner) -> None:
+    """Raise InvalidInputError for parts of a job that do not fit each other or the model.
+
+    Shorter inputs are padded with zeros in a graph's buffers, so that a wrong shape would not be noticed there.
+    """
+    clips, frames = len(job.seeds), job.frames
+    if job.samples > frames * spec.hop:
+        raise InvalidInputError(f"{frames} latent frames hold at most {frames * spec.hop} samples, not {job.samples}")
+    if job.edit is not None and tuple(job.edit.init.shape) != (clips, frames, spec.channels):
+        shape = tuple(job.edit.init.shape)
+        raise InvalidInputError(f"init must have the shape ({clips}, {frames}, {spec.channels}), not {shape}")
+    negative = any(name.startswith(NEGATIVE) for name in job.inputs)
+    layouts = [conditioner.layout(clips, length, negative) for length in (frames, frames + 1)]
+    for name, (shape, _) in layouts[0].items():
+        if name not in job.inputs:
+            raise InvalidInputError(f"the job has no input {name!r}: prepare its inputs by the model's conditioner")
+        given = tuple(job.inputs[name].shape)
+        # Axes that grow with the number of frames must fit exactly, all others at most.
+        exact = [a != b for a, b in zip(shape, layouts[1][name][0], strict=True)]
+        if len(given) != len(shape) or any(
+            size != most if same else size > most for size, most, same in zip(given, shape, exact, strict=True)
+        ):
+            raise InvalidInputError(f"{name} must have the shape {shape}, not {given}")
 
 
 class InputBuffers:
