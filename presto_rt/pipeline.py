@@ -183,7 +183,7 @@ class Pipeline:
 
     def encode(self, audio: Audio) -> Tensor:
         """Return latents (T, C) fp32 of audio at the model's sample rate. Raises InvalidInputError."""
-        return self.model.autoencoder.encode(torch.from_numpy(audio.samples)[None])[0]
+        return self.model.autoencoder.encode(torch.from_numpy(audio.to_float32())[None])[0]
 
     def decode(self, latents: Tensor, samples: int | None = None) -> Audio:
         """Return the audio of latents (T, C). samples: its length; None for all of the latents."""

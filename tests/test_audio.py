@@ -47,7 +47,10 @@ def test_audio_keeps_samples_and_origin() -> None:
 @pytest.mark.parametrize(
     ("samples", "rate", "message"),
     [
-        (np.zeros((2, 8), np.int16), 44100, "floating point"),
+        (np.zeros((2, 8), np.int32), 44100, "floating point .* or int16, got int32"),
+        (np.zeros((2, 8), np.uint16), 44100, "floating point"),
+        (np.zeros((2, 8), bool), 44100, "floating point"),
+        (np.zeros((8, 2), np.int16), 44100, "shape"),
         (np.zeros(8, np.float32), 44100, "shape"),
         (np.zeros((8, 2), np.float32), 44100, "shape"),
         (np.zeros((2, 0), np.float32), 44100, "shape"),
@@ -125,6 +128,74 @@ def test_to_int16_is_interleaved_and_dithered_by_the_seed() -> None:
     assert np.array_equal(audio.to_int16(dither=False), np.round(clip().T.astype(float) * 32768))
     assert 0 < np.abs(integers - audio.to_int16(dither=False)).max() <= 2
     assert not np.array_equal(integers, Audio(clip(), seed=2).to_int16())
+
+
+def int16_clip() -> np.ndarray:
+    """Stereo int16 samples whose channels differ, both ends of the range among them."""
+    samples = np.round(clip() * 32768).astype(np.int16)
+    samples[:, :3] = [[-32768, 32767, 1], [32767, -32768, -1]]
+    return samples
+
+
+def test_audio_keeps_int16_samples() -> None:
+    samples = int16_clip()
+    audio = Audio(samples, seed=1)
+    assert audio.samples.dtype == np.int16
+    assert np.array_equal(audio.samples, samples)
+    assert audio.seconds == pytest.approx(0.1)
+    for dither in (True, False):  # the samples are integers already
+        integers = audio.to_int16(dither)
+        assert (integers.dtype, integers.shape) == (np.int16, (4410, 2))
+        assert np.array_equal(integers, samples.T)
+        assert integers.flags.c_contiguous
+    assert np.asarray(audio).dtype == np.int16
+    assert np.array_equal(Audio(torch.from_numpy(samples)).samples, samples)
+    interleaved = np.ascontiguousarray(samples.T)
+    assert Audio(interleaved.swapaxes(0, 1)).samples.flags.c_contiguous
+
+
+def test_to_float32_divides_int16_samples_by_full_scale() -> None:
+    samples = int16_clip()
+    converted = Audio(samples).to_float32()
+    assert converted.dtype == np.float32
+    assert np.array_equal(converted * 32768.0, samples)
+    assert converted[0, :2].tolist() == [-1.0, 32767 / 32768]
+    audio = Audio(clip())
+    assert audio.to_float32() is audio.samples
+
+
+@pytest.mark.parametrize(("name", "subtype"), FORMATS)
+def test_save_writes_int16_samples_exactly(tmp_path: Path, name: str, subtype: str | None) -> None:
+    """PCM and float files hold the very integers, without dither; Vorbis is as close as for float32 samples."""
+    samples = int16_clip()
+    path = Audio(samples, seed=3, prompt="piano").save(tmp_path / name, subtype)
+    back = load(path).samples
+    if name == "a.ogg":
+        assert back.shape == samples.shape
+        assert np.abs(back - samples / 32768)[:, 100:].max() <= 0.1
+    else:
+        assert np.array_equal(back * 32768.0, samples)
+    with soundfile.SoundFile(path) as file:
+        wanted = {"pcm24": "PCM_24", "float32": "FLOAT", None: "VORBIS" if name == "a.ogg" else "PCM_16"}[subtype]
+        assert (file.subtype, file.comment) == (wanted, "piano; seed 3")
+
+
+def test_save_of_int16_samples_equals_save_of_the_clip_they_were_dithered_from(tmp_path: Path) -> None:
+    audio = Audio(clip(), seed=3)
+    integers = Audio(audio.to_int16().T, seed=3)
+    for name in ("a.wav", "a.flac"):
+        one, two = audio.save(tmp_path / f"1{name}"), integers.save(tmp_path / f"2{name}")
+        assert one.read_bytes() == two.read_bytes()
+    assert audio._repr_html_() == integers._repr_html_()
+
+
+def test_array_without_copy_refuses_another_dtype() -> None:
+    for samples in (clip(), int16_clip()):
+        audio = Audio(samples)
+        assert audio.__array__(samples.dtype, copy=False) is audio.samples
+        assert audio.__array__(copy=True) is not audio.samples
+        with pytest.raises(ValueError, match=f"samples are {samples.dtype}"):
+            audio.__array__(np.float64, copy=False)
 
 
 def test_save_clamps_loud_samples_and_silences_nan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

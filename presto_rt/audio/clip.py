@@ -35,7 +35,8 @@ class Audio:
     """An audio clip and the request that it was generated from.
 
     Attributes:
-        samples: float32 (channels, frames), 1 or 2 channels, nominally in [-1, 1].
+        samples: (channels, frames), 1 or 2 channels: float32, nominally in [-1, 1], or int16 at full scale 32768,
+            which sample_format="int16" generates. Other floating-point samples become float32.
         sample_rate: Hz.
         seed: Seed of the generation, also of the dither; None if the clip was not generated.
         prompt: Text of the generation; None if the clip was not generated.
@@ -55,8 +56,8 @@ class Audio:
 
     def __post_init__(self) -> None:
         samples = np.asarray(self.samples)
-        if not np.issubdtype(samples.dtype, np.floating):
-            raise InvalidInputError(f"samples must be floating point in [-1, 1], got {samples.dtype}")
+        if not np.issubdtype(samples.dtype, np.floating) and samples.dtype != np.int16:
+            raise InvalidInputError(f"samples must be floating point in [-1, 1] or int16, got {samples.dtype}")
         if samples.ndim != 2 or samples.shape[0] not in (1, 2) or samples.shape[1] < 1:
             raise InvalidInputError(f"samples must have the shape (1 or 2 channels, frames), got {samples.shape}")
         rate: object = self.sample_rate
@@ -67,7 +68,8 @@ class Audio:
         latents = self.latents
         if latents is not None and (latents.ndim != 2 or latents.dtype != torch.float32):
             raise InvalidInputError(f"latents must be float32 (T, C), got {latents.dtype} {tuple(latents.shape)}")
-        object.__setattr__(self, "samples", np.require(samples, np.float32, ["C", "W"]))
+        dtype = np.int16 if samples.dtype == np.int16 else np.float32
+        object.__setattr__(self, "samples", np.require(samples, dtype, ["C", "W"]))
         object.__setattr__(self, "sample_rate", int(rate))
 
     @property
@@ -76,9 +78,20 @@ class Audio:
         return float(self.samples.shape[1] / self.sample_rate)
 
     def to_int16(self, dither: bool = True) -> np.ndarray:
-        """Return interleaved 16-bit samples, int16 (frames, channels). The seed determines the dither."""
+        """Return interleaved 16-bit samples, int16 (frames, channels).
+
+        The seed determines the dither. int16 samples are returned unchanged.
+        """
+        if self.samples.dtype == np.int16:
+            return self.samples.T.copy()
         integers: np.ndarray = to_pcm(torch.from_numpy(self.samples), 16, dither=dither, seed=self.seed or 0).numpy()
         return integers
+
+    def to_float32(self) -> np.ndarray:
+        """Return float32 samples (channels, frames); int16 samples are divided by 32768."""
+        if self.samples.dtype == np.int16:
+            return self.samples.astype(np.float32) / np.float32(32768)
+        return self.samples
 
     def save(self, path: str | os.PathLike[str], subtype: str | None = None) -> Path:
         """Write a .wav, .flac or .ogg file and return its absolute path.
@@ -88,16 +101,17 @@ class Audio:
 
         Args:
             path: File to write; its suffix chooses the format.
-            subtype: "pcm16" (dithered; the default of .wav and .flac), "pcm24", or "float32" (.wav only). An .ogg
-                file is Vorbis and takes no subtype.
+            subtype: "pcm16" (the default of .wav and .flac; float32 samples are dithered, int16 samples are written
+                unchanged), "pcm24", or "float32" (.wav only). An .ogg file is Vorbis and takes no subtype.
 
         Raises:
             OutputError: The file cannot be written, or cannot hold the subtype.
         """
         target, subtype = files.resolve_target(path, subtype)
-        if np.isnan(self.samples).any():
+        samples = self.samples if subtype == "pcm16" else self.to_float32()
+        if np.isnan(samples).any():
             log.warning("samples hold NaN, written as silence to %s", target)
-        files.write(target, self.samples, self.sample_rate, subtype, seed=self.seed or 0, comment=self._comment())
+        files.write(target, samples, self.sample_rate, subtype, seed=self.seed or 0, comment=self._comment())
         return target
 
     def _comment(self) -> str:
@@ -115,8 +129,8 @@ class Audio:
         return f"<figure>{player}<figcaption>{caption}</figcaption></figure>"
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        if copy is False and dtype not in (None, np.float32, np.dtype(np.float32)):
-            raise ValueError("samples are float32; another dtype needs a copy")
+        if copy is False and dtype is not None and np.dtype(dtype) != self.samples.dtype:
+            raise ValueError(f"samples are {self.samples.dtype}; another dtype needs a copy")
         samples = self.samples if dtype is None else self.samples.astype(dtype, copy=False)
         return samples.copy() if copy else samples
 

@@ -71,9 +71,10 @@ def write(
 
     Args:
         target: Absolute path that ends in .wav, .flac or .ogg.
-        samples: float32 (channels, frames), nominally in [-1, 1]. NaN is written as silence.
+        samples: (channels, frames): float32, nominally in [-1, 1], with NaN written as silence, or int16 for
+            "pcm16".
         sample_rate: Hz.
-        subtype: "pcm16" (dithered), "pcm24", "float32", or None for Vorbis.
+        subtype: "pcm16" (float32 samples are dithered), "pcm24", "float32", or None for Vorbis.
         seed: Seed of the dither.
         comment: Text of the file's comment tag; empty for none.
 
@@ -176,7 +177,9 @@ def _encode_libsndfile(
 
 
 def _integers(samples: np.ndarray, subtype: str, seed: int) -> np.ndarray:
-    """Interleaved integers of a PCM subtype; 16-bit ones are dithered."""
+    """Interleaved integers of a PCM subtype; float32 samples are dithered to 16 bits, int16 ones are kept."""
+    if samples.dtype == np.int16:
+        return samples.T.copy()
     integers: np.ndarray = to_pcm(
         torch.from_numpy(samples), _BITS[subtype], dither=subtype == "pcm16", seed=seed
     ).numpy()
