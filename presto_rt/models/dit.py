@@ -60,7 +60,7 @@ class Condition:
         return cls(ports.cross, ports.cross_mask, vector.pooled, vector.seconds, ports.local, vector.key)
 
     def ports(self) -> Conditioning:
-        """Return the conditioning by ports. Raises InvalidInputError for a mask whose valid tokens do not come first."""
+        """Return the conditioning by ports. Raises InvalidInputError if valid tokens do not come first."""
         lengths = self.text_mask.sum(1, dtype=torch.int32)
         ports = Conditioning(self.text, lengths, self.vector(), self.beat)
         if not torch.equal(ports.cross_mask, self.text_mask.bool()):
