@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -103,3 +104,9 @@ def test_to_pcm_native_checks_sizes_and_dtypes() -> None:
     for shape, dtype in (((2, 8), torch.int16), ((8, 1), torch.int32), ((16,), torch.int16), ((8, 2), torch.int64)):
         with pytest.raises(ValueError, match="out: expected int"):
             native.lib.to_pcm(samples, torch.zeros(shape, dtype=dtype), False, 0, 0)
+
+
+@pytest.mark.parametrize("convert", [to_pcm, to_pcm_reference])
+def test_to_pcm_returns_interleaved_memory(convert: Callable[..., torch.Tensor]) -> None:
+    """A file's bytes are a view of these integers."""
+    assert convert(torch.randn(2, 5), 16, dither=False, seed=0).is_contiguous()

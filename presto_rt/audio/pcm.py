@@ -59,4 +59,4 @@ def to_pcm_reference(samples: Tensor, bits: int, *, dither: bool, seed: int) -> 
     if dither:
         words = random_words(seed, x.numel(), stream=DITHER_STREAM, device=x.device)[: x.numel()]
         x = x + (((words & 0xFFFF) - (words >> 16)).to(torch.float32) * 2.0**-16).reshape(x.shape)
-    return torch.round(x).clamp(-scale, scale - 1.0).to(_DTYPES[bits])
+    return torch.round(x).clamp(-scale, scale - 1.0).to(_DTYPES[bits]).contiguous()
