@@ -13,13 +13,10 @@ from typing import Any
 
 from bench.results import ROOT, save, table
 
-SIGMAS = (0.2, 1.6, 8.0)
-
-
 def main() -> None:
     from presto_rt.diffusion.schedule import LayerSchedule, parse_layers
     from presto_rt.lab.distill.run import saved_schedules
-    from presto_rt.lab.evaluation.variance import curves
+    from presto_rt.lab.evaluation.variance import SIGMAS, curves
     from presto_rt.lab.training.conditions import LatentSet
     from presto_rt.lab.training.networks import load_network
 

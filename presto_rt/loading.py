@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .checkpoints.folder import DEFAULT_MODEL
 from .checkpoints.house import load_model
 from .checkpoints.model import Model
 from .conditioning.text_conditioner import TextConditioner
@@ -32,7 +33,7 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(
-    name: str | os.PathLike[str] = "nano",
+    name: str | os.PathLike[str] = DEFAULT_MODEL,
     *,
     device: str = "auto",
     dtype: str = "auto",

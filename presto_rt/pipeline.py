@@ -127,9 +127,9 @@ class Pipeline:
         deadline_ms: float | None = None,
         clips: int = 1,
     ) -> SamplingPlan:
-        """Return the plan of a request; generates nothing and writes nothing.
+        """Return the plan of a request; generates nothing and writes nothing. Raises InvalidInputError.
 
-        The arguments are those of `generate`; clips: number of clips that share the deadline. Raises InvalidInputError.
+        Args: as in `request.GenerationRequest`; clips: number of clips that share the deadline.
         """
         settings = SamplingSettings(seconds, steps, sampler, guidance, guidance_interval, cfg_pp, layers)
         return self.plan_request(settings, deadline_ms, clips)

@@ -69,7 +69,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """Everything about a trajectory that is known before its first step.
+    """Trajectory of a request, known before its first step.
 
     sigmas: falling noise levels, the last one 0. samples: audio samples of the clip. frames: latent frames that hold
     them.

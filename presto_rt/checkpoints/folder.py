@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import OutputError, WeightsError
 
+DEFAULT_MODEL = "nano"  # name of the shipped model that `load` takes without a name
 FORMAT = 1
 SHARD_BYTES = 14_500_000
 

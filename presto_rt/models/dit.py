@@ -267,7 +267,7 @@ class DiT(nn.Module):
         return result
 
     def raw(self, x: Tensor, time: Tensor, conditioning: Conditioning, blocks: Sequence[int], budget: float) -> Tensor:
-        """Return the raw output for a conditioning by ports: the runtime's `Network`."""
+        """See `runtime.backend.Network.raw`."""
         result: Tensor = self(x, time, Condition.from_ports(conditioning), blocks, budget)
         return result
 

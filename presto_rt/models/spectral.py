@@ -1,5 +1,4 @@
-"""What the codec's network sees and predicts: log-spectra of mid and side on a warped frequency axis, and the way
-back to samples.
+"""Features of the codec's network, and synthesis from them: log-spectra of mid and side on a warped frequency axis.
 
 A frame is one Hann-windowed FFT of 2048 samples, every 512 samples; four frames belong to one latent frame. Frame j
 of a clip is centred on sample 512 j + 256, so that N = 2048 T samples give exactly 4 T frames.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..conditioning.minilm import EPS, BertLayer, TextEncoder
+from ..conditioning.bert import EPS, BertEncoder, BertLayer
 from .codec import layer_norm_weights, pack_linear
 from .memory import Arena, Buffer, Pool
 from .ops import Ops, PackedLinear
@@ -32,9 +32,9 @@ class PackedTextLayer:
 
 
 class TextProgram:
-    """A text encoder, ready to run; called like `TextEncoder.forward`. Any number of threads may call it."""
+    """A text encoder, ready to run; called like `BertEncoder.forward`. Any number of threads may call it."""
 
-    def __init__(self, encoder: TextEncoder, ops: Ops) -> None:
+    def __init__(self, encoder: BertEncoder, ops: Ops) -> None:
         self.ops, self.encoder = ops, encoder
         layers = [layer for layer in encoder.layers if isinstance(layer, BertLayer)]
         self.heads, self.width = layers[0].heads, encoder.embedding_norm.weight.shape[0]
@@ -78,12 +78,11 @@ class TextProgram:
             return self._run(arena, ids, mask).clone()
 
     def _run(self, arena: Arena, ids: Tensor, mask: Tensor) -> Tensor:
-        ops, e = self.ops, self.encoder
+        ops = self.ops
         residual, normed, attended = (arena.tensor(name) for name in ("residual", "normed", "attended"))
         branch, scratch = arena.find("branch"), arena.find("scratch")
         lengths = mask.sum(1, dtype=torch.int32)
-        embedded = e.token_embedding(ids) + e.position_embedding.weight[: ids.shape[1]] + e.type_embedding.weight[0]
-        ops.mix_norm(embedded, None, None, self.norm, residual, normed, EPS, after=True)
+        ops.mix_norm(self.encoder.embed(ids), None, None, self.norm, residual, normed, EPS, after=True)
         for layer in self.layers:
             qkv = ops.linear(normed, layer.qkv, arena.find("qkv"))
             q, k, v = qkv.chunk(3, -1)

@@ -62,6 +62,18 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="instead, measure the denoising error by noise level beside that of the best linear denoiser",
     )
+    parser.add_argument(
+        "--codec",
+        metavar="FOLDER",
+        help="instead, compare the reconstructions of a codec (a run, a weights folder or a shipped model) with Opus",
+    )
+    parser.add_argument(
+        "--variance",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="instead, print the variance of hidden states after each block of these runs at --layers",
+    )
     parser.set_defaults(run=run)
     return parser
 
@@ -75,6 +87,10 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("presto_rt").setLevel(logging.INFO)
     if args.row:
         return _compare(args)
+    if args.codec:
+        return _codec(args)
+    if args.variance:
+        return _variance(args)
     settings = {"steps": args.steps, "sampler": args.sampler, "guidance": args.guidance, "layers": args.layers}
     options = {name: value for name, value in settings.items() if value is not None}
     model, baselines = None, {}
@@ -162,4 +178,38 @@ def _denoising(model: Any, args: argparse.Namespace) -> int:
     (folder / "denoising.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / "denoising.md").write_text(table(rows) + "\n")
     print(table(rows))
+    return 0
+
+
+def _codec(args: argparse.Namespace) -> int:
+    """Print the distances of reconstructions by a codec and by Opus on held-out clips, with the codec's speed."""
+    from ...checkpoints.house import load_codec
+    from .codec import evaluate_codec, held_out, markdown, time_codec
+
+    codec = load_codec(args.codec)
+    groups = {group: held_out(args.data, group, args.count, args.seconds) for group in ("rendered", "recorded")}
+    groups = {group: clips for group, clips in groups.items() if clips}
+    if not groups:
+        raise InvalidInputError(f"{args.data} has no test clips of {args.seconds:g} s; run `presto-rt lab data build`")
+    print(markdown(evaluate_codec(codec, {group: list(clips) for group, clips in groups.items()})))
+    for stage, seconds in time_codec(codec).items():
+        print(f"{stage}, 32 s of stereo: {seconds:.2f} s")
+    return 0
+
+
+def _variance(args: argparse.Namespace) -> int:
+    """Print the variance of hidden states of each run, by noise level and block."""
+    from ...diffusion.schedule import parse_layers
+    from ..distill.run import saved_schedules
+    from ..training.conditions import LatentSet
+    from ..training.networks import load_network
+    from .variance import SIGMAS, curves
+
+    models = {}
+    for run in args.variance:
+        network = load_network(run)
+        models[run] = (network, parse_layers(args.layers, network.config.blocks, saved=saved_schedules(run)))
+    for record in curves(models, LatentSet(args.data, args.split), SIGMAS):
+        values = ", ".join(f"{b}: {v:.3g}" for b, v in zip(record["blocks"], record["variance"], strict=True))
+        print(f"{record['model']}, sigma {record['sigma']:g}: {values}")
     return 0

@@ -19,6 +19,9 @@ from ...models.dit import Condition, DiT
 from ..training.conditions import LatentSet
 
 
+SIGMAS = (0.2, 1.6, 8.0)  # noise levels of the published figures
+
+
 @torch.inference_mode()
 def hidden_variance(
     model: DiT, x: Tensor, sigma: float, condition: Condition, layers: LayerSchedule

@@ -34,7 +34,7 @@ def bucket(frames: int) -> int:
 
 @dataclass(frozen=True)
 class GraphKey:
-    """Everything that fixes a captured graph.
+    """Sizes and settings that fix a captured graph.
 
     Args:
         clips: a power of two.
@@ -102,7 +102,7 @@ def check_job(job: Job, spec: NetworkSpec, conditioner: Conditioner) -> None:
 
 
 class InputBuffers:
-    """Everything that a replay reads of a job, in one block on the host and one on the device; one copy moves it.
+    """Inputs of a replay, in one block on the host and one on the device; one copy moves them.
 
     Args:
         key: of the graph.
