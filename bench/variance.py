@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.results import ROOT, save, table
 
+
 def main() -> None:
     from presto_rt.diffusion.schedule import LayerSchedule, parse_layers
     from presto_rt.lab.distill.run import saved_schedules

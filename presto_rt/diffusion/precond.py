@@ -30,7 +30,7 @@ Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def coefficients(sigma: Tensor, network: str, sigma_data: float) -> Coefficients:
-    """(c_skip, c_out, c_in, time) for noise levels `sigma` (any shape, fp32 or fp64)."""
+    """Return (c_skip, c_out, c_in, time) of noise levels `sigma` (any shape, fp32 or fp64)."""
     s, sd = sigma, sigma_data
     if network == "edm":
         total = (s**2 + sd**2).sqrt()
@@ -45,7 +45,7 @@ def coefficients(sigma: Tensor, network: str, sigma_data: float) -> Coefficients
 
 
 def sigma_of(time: Tensor, network: str, sigma_data: float) -> Tensor:
-    """The noise level that a network of this kind is told as `time`: the inverse of `coefficients`."""
+    """Return the noise level of a time input: the inverse of `coefficients`."""
     if network == "edm":
         return (4 * time).exp()
     if network == "v":

@@ -18,7 +18,6 @@ from ...diffusion.schedule import LayerSchedule
 from ...models.dit import Condition, DiT
 from ..training.conditions import LatentSet
 
-
 SIGMAS = (0.2, 1.6, 8.0)  # noise levels of the published figures
 
 
