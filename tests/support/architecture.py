@@ -66,7 +66,7 @@ NO_CALLER = {
     "kernels.snake_conv1d": "decoders of open checkpoints will call it; it has a reference, tests and a benchmark",
     "kernels.conv_transpose1d": "decoders of open checkpoints will call it; it has a reference, tests and a benchmark",
 }
-KERNEL_TABLES = ("kernels", "kernels.ops", "kernels.report")
+KERNEL_TABLES = ("kernels", "kernels.report")
 #: Names that choose a device or a backend; `Pipeline` does not branch on them.
 DEVICE_NAMES = {"device", "backend", "graph", "engine", "cuda", "is_cuda"}
 DOCSTRING_OPENINGS = re.compile(r"(What|Which|Whether|Who|Whose|Where|Everything|How|When)\b")
@@ -247,9 +247,9 @@ def missing_docstrings(modules: list[Module]) -> list[str]:
 def undocumented_parameters(modules: list[Module]) -> list[str]:
     """Public functions of five parameters or more that do not describe each of them below `Args:`.
 
-    The parameters of `__init__` may stand in the docstring of the class. A method without a docstring may take the one
-    of a method of the same name that documents them, such as a protocol's. "Args: as in `name`." refers to another
-    function's.
+    The parameters of `__init__` may stand in the docstring of the class. A method without a docstring, or with
+    "See `Protocol.name`.", takes that of a method of the same name that documents them. "Args: as in `name`." refers to
+    the parameters of another function.
     """
     functions = [(module, *entry) for module in modules for entry in _public_functions(module.tree)]
     documented = {
@@ -259,7 +259,8 @@ def undocumented_parameters(modules: list[Module]) -> list[str]:
     for module, function, text in functions:
         names = [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
         names = [name for name in names if name not in ("self", "cls")]
-        if len(names) < ARGS_FROM or (text is None and function.name in documented):
+        refers = text is None or text.startswith("See `")
+        if len(names) < ARGS_FROM or (refers and function.name in documented):
             continue
         described = (text or "").partition("Args:")[2]
         # A method of a protocol is described there.
