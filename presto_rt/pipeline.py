@@ -29,6 +29,7 @@ from .request import (
 )
 from .runtime.backend import Backend, Job
 
+MAX_DEADLINE_MS = 1e9
 TUNE_PROMPT = "calm piano with warm strings, 84 bpm"
 
 
@@ -69,8 +70,11 @@ class Pipeline:
         clips = request.clips()
         seeds = request.seeds(len(clips))
         # 2. Plan: everything that is known before the first step.
-        if request.deadline_ms is not None and self.auto_tune and not self.timings.load().covers(request.seconds):
-            self.tune([request.seconds], repeats=1)
+        if request.deadline_ms is not None and self.auto_tune:
+            number("deadline_ms", request.deadline_ms, 0, MAX_DEADLINE_MS)
+            self.plan(request.seconds)  # rejects a bad length before anything is measured
+            if not self.timings.load().covers(request.seconds):
+                self.tune([request.seconds], repeats=1)
         plan = self.plan_request(request.settings, request.deadline_ms, len(clips))
         # 3. Latents and samples, batch by batch.
         size = self.backend.max_batch(plan.frames)
@@ -144,7 +148,7 @@ class Pipeline:
         if deadline_ms is None:
             return plan(settings)
         return plan_within(
-            number("deadline_ms", deadline_ms, 0, 1e9) / 1000,
+            number("deadline_ms", deadline_ms, 0, MAX_DEADLINE_MS) / 1000,
             settings,
             clips,
             plan=plan,
