@@ -130,8 +130,8 @@ def baseline(model: Model, case: Case, device: torch.device) -> Pipeline:
 
 def eager_clips(pipeline: Pipeline, case: Case) -> Clip:
     """Return clips in plain torch, with the conversion to 16 bits on the device, as the graph backend has it."""
-    from presto_rt.kernels.sampler_step import seeds_tensor
     from presto_rt.kernels.pcm import pcm
+    from presto_rt.kernels.sampler_step import seeds_tensor
 
     backend, conditioner = pipeline.backend, pipeline.model.conditioner
     assert isinstance(backend, EagerBackend)

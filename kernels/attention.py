@@ -198,7 +198,10 @@ def attention_reference(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Compute `attention` in plain torch with materialized scores; arithmetic in fp32, or fp64 for an fp64 q."""
+    """Compute `attention` in plain torch with materialized scores; arithmetic in fp32, or fp64 for an fp64 q.
+
+    Arguments as in `attention`.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(wide) @ k.to(wide).transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     mask = AttentionMask(key_lengths, window).dense(q.shape[-2], k.shape[-2], q.device)

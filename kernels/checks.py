@@ -24,7 +24,12 @@ def check_tensor(
 ) -> None:
     """Raise InvalidInputError unless `tensor` has `dims` dimensions, is not empty and has one of `dtypes`.
 
-    last_contiguous: the last dimension must have stride 1, too.
+    Args:
+        name: of the argument, for the error.
+        tensor: the argument.
+        dims: number of dimensions.
+        dtypes: dtypes that are accepted.
+        last_contiguous: the last dimension must have stride 1, too.
     """
     check(isinstance(tensor, Tensor), f"{name} is a {type(tensor).__name__}; pass a torch tensor")
     check(tensor.dim() == dims, f"{name} has {tensor.dim()} dimensions, expected {dims}; reshape it")

@@ -190,7 +190,10 @@ def sampler_step_reference(
     noise: NoiseStream | None = None,
     inpainting: Inpainting | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `sampler_step` in plain torch: (x', H', c_in' x'), new fp32 tensors, the same sums in the same order."""
+    """Compute `sampler_step` in plain torch: (x', H', c_in' x'), new fp32 tensors, the same sums in the same order.
+
+    Arguments as in `sampler_step`.
+    """
     a, b, c, h, s, p, q, r, c_in = coefficients
     x_next = a * x + b * conditional.float()
     history_next = p * x + q * conditional.float()

@@ -154,7 +154,7 @@ def snake_conv1d_reference(
     padding: int = 0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Compute `snake_conv1d` in plain torch; arithmetic in fp32, or fp64 for an fp64 x. Arguments as there."""
+    """Compute `snake_conv1d` in plain torch; arithmetic in fp32, or fp64 for an fp64 x. Arguments as in `snake_conv1d`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     s = x.to(wide) if snake is None else snake(x.to(wide))
     kernel = weight.permute(1, 2, 0).to(wide)
@@ -226,7 +226,10 @@ def check_convolution(
     out: Tensor | None,
     shape: tuple[int, ...],
 ) -> None:
-    """Raise InvalidInputError unless the arguments that both convolutions share fit an output of `shape`."""
+    """Raise InvalidInputError unless the arguments that both convolutions share fit an output of `shape`.
+
+    Arguments as in `snake_conv1d`.
+    """
     check(weight.is_contiguous(), "weight is not contiguous; pack it with pack()")
     check_vector("bias", bias, shape[1], x.dtype, torch.float32)
     if snake is not None:
@@ -248,7 +251,7 @@ def launch_convolution(
     out: Tensor,
     geometry: TapGeometry,
 ) -> None:
-    """Launch the kernel that both convolutions share; weight (taps, rows, C_in)."""
+    """Launch the kernel that both convolutions share; weight (taps, rows, C_in). Arguments as in `snake_conv1d`."""
     batch, channels_in, length_in = x.shape
     _, channels_out, length_out = out.shape
     reach = max(tensor.stride(1) for tensor in (x, residual, out) if tensor is not None)

@@ -144,7 +144,7 @@ def test_native_code_outside_the_instruction_sets_has_no_avx() -> None:
 
 
 def test_native_base_instruction_set_generates_a_clip(tmp_path: Path) -> None:
-    """What a processor without AVX2 would run, from import to sound, in a process of its own."""
+    """Run everything from import to sound as a processor without AVX2 would, in a process of its own."""
     needs_native()
     folder = write_tiny_model(tmp_path / "tiny")
     code = (

@@ -248,8 +248,8 @@ def undocumented_parameters(modules: list[Module]) -> list[str]:
     """Public functions of five parameters or more that do not describe each of them below `Args:`.
 
     The parameters of `__init__` may stand in the docstring of the class. A method without a docstring, or with
-    "See `Protocol.name`.", takes that of a method of the same name that documents them. "Args: as in `name`." refers to
-    the parameters of another function.
+    "See `Protocol.name`.", takes that of a method of the same name that documents them. "Args: as in `name`" and
+    "Arguments as in `name`." refer to the parameters of another function.
     """
     functions = [(module, *entry) for module in modules for entry in _public_functions(module.tree)]
     documented = {
@@ -262,9 +262,10 @@ def undocumented_parameters(modules: list[Module]) -> list[str]:
         refers = text is None or text.startswith("See `")
         if len(names) < ARGS_FROM or (refers and function.name in documented):
             continue
+        if re.search(r"\bArguments (are )?(as )?(in `|there|those of `)", text or ""):
+            continue
         described = (text or "").partition("Args:")[2]
-        # A method of a protocol is described there.
-        if described.startswith(" as in `") or (text or "").startswith("See `"):
+        if described.startswith(" as in `"):
             continue
         missing = [name for name in names if not re.search(rf"(?<!\w){re.escape(name)}\b[^:\n]*:", described)]
         if missing:
