@@ -55,7 +55,10 @@ def conv_transpose1d_reference(
     output_padding: int = 0,
     snake: Snake | None = None,
 ) -> Tensor:
-    """Compute `conv_transpose1d` in plain torch; arithmetic in fp32, or fp64 for an fp64 x. Arguments as in `conv_transpose1d`."""
+    """Compute `conv_transpose1d` in plain torch; arithmetic in fp32, or fp64 for an fp64 x.
+
+    Arguments as in `conv_transpose1d`.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     s = x.to(wide) if snake is None else snake(x.to(wide))
     kernel = unpack(weight, stride, kernel_size).to(wide)

@@ -94,7 +94,10 @@ def cross_attention_reference(
     scale: float | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Compute `cross_attention` in plain torch; softmax and norm in fp32, or fp64 for an fp64 q. Arguments as in `cross_attention`."""
+    """Compute `cross_attention` in plain torch; softmax and norm in fp32, or fp64 for an fp64 q.
+
+    Arguments as in `cross_attention`.
+    """
     batch, tokens, _ = q.shape
     heads, dim = k.shape[1], k.shape[3]
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -154,7 +154,10 @@ def snake_conv1d_reference(
     padding: int = 0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Compute `snake_conv1d` in plain torch; arithmetic in fp32, or fp64 for an fp64 x. Arguments as in `snake_conv1d`."""
+    """Compute `snake_conv1d` in plain torch; arithmetic in fp32, or fp64 for an fp64 x.
+
+    Arguments as in `snake_conv1d`.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     s = x.to(wide) if snake is None else snake(x.to(wide))
     kernel = weight.permute(1, 2, 0).to(wide)
