@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from presto_rt.cli import main
-from presto_rt.pipeline import load
+from presto_rt.loading import load
 from presto_rt.runtime import memory
 from tests.support.models import write_tiny_model
 
@@ -35,7 +35,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_examples_are_all_tested_here() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"threads", "server"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"threads", "server", "tiny_model"}
+
+
+def test_tiny_model_plays_a_higher_tone_for_a_longer_prompt() -> None:
+    pipeline = example("tiny_model").tiny_pipeline()
+    clips = pipeline.generate(["a tone", "a tone with a much longer prompt"], seconds=1, seed=1)
+    spectra = [np.abs(np.fft.rfft(clip.samples[0])) for clip in clips]
+    low, high = (int(spectrum.argmax()) for spectrum in spectra)
+    assert 0 < low < high
+    assert np.array_equal(clips[0].samples, pipeline.generate("a tone", seconds=1, seed=1).samples)
 
 
 def test_threads_example_matches_the_pipeline(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,25 +107,25 @@ def test_describe_prints_buffers_and_detects_aliases(
     assert "ALIAS" in capsys.readouterr().err
 
 
-def test_graph_backend_equals_the_torch_backend(folder: Path) -> None:
-    """Same call, same sound, whichever backend; and untrained presets say so in their names."""
-    request = {"prompt": "piano, 90 bpm", "seconds": 1.0, "seed": 7, "return_latents": True}
-    graph, plain = (load(folder, dtype="float32", backend=b) for b in ("graph", "torch"))
-    assert graph.backend == "graph"
-    (a, x), (b, y) = graph.generate(**request), plain.generate(**request)
-    assert np.abs((x - y).numpy()).max() <= 1e-4 * np.abs(y.numpy()).max()
+def test_graph_backend_equals_the_eager_backend(folder: Path) -> None:
+    graph, eager = (load(folder, dtype="float32", backend=name) for name in ("graph", "eager"))
+    assert graph.backend.name == "graph"
+    a, b = (model.generate("piano, 90 bpm", seconds=1.0, seed=7) for model in (graph, eager))
+    assert a.latents is not None
+    assert b.latents is not None
+    assert (a.latents - b.latents).abs().max() <= 1e-4 * b.latents.abs().max()
     assert a.samples.shape == b.samples.shape
     # sound is compared where phases cannot tip over: the loudness of both
     assert float(np.square(a.samples).mean()) == pytest.approx(float(np.square(b.samples).mean()), rel=0.05)
     assert set(a.timings) == {"text", "denoise", "decode", "total"}
-    integers, _ = graph.generate(**request, output="pcm16")
-    assert np.array_equal(integers, a.to_int16())
+    integers = graph.generate("piano, 90 bpm", seconds=1.0, seed=7, sample_format="int16")
+    assert np.array_equal(integers.to_int16(), a.to_int16())
     seen: list[tuple[int, int]] = []
     clips = graph.generate(["piano", "drums"], seconds=0.5, steps=3, seed=1, callback=lambda *s: seen.append(s))
     assert len(clips) == 2
     assert seen == [(1, 3), (2, 3), (3, 3)] * 2
     random = load("tiny-random", backend="graph", dtype="float32")
-    assert random.name == "tiny-random"
+    assert random.model.name == "tiny-random"
     sound = random.generate("piano", seconds=0.3, seed=1).samples
     assert np.isfinite(sound).all()
     assert np.abs(sound).max() > 0.01
