@@ -92,15 +92,24 @@ def test_mix_norm_is_near_fp64(isa: str, dtype: torch.dtype, batch: int, frames:
     shape = batch, frames, width
     source, branch = torch.randn(shape) * 3 + 1, torch.randn(shape).to(dtype)
     mix, norm = torch.randn(5, width), (torch.rand(width) + 0.5, torch.randn(width))
-    for given in ((source, branch, mix, norm), (None, branch, mix, norm), (source, None, None, norm),
-                  (source, branch, None, None)):  # fmt: skip
+    for given in (
+        (source, branch, mix, norm),
+        (None, branch, mix, norm),
+        (source, None, None, norm),
+        (source, branch, None, None),
+    ):
         for after in (False, True) if given[3] is not None else (False,):
             results = []
-            for ops, wide in ((CpuOps(dtype, threads), torch.float32), (ReferenceOps(dtype), torch.float32),
-                              (ReferenceOps(torch.float64), torch.float64)):  # fmt: skip
+            for ops, wide in (
+                (CpuOps(dtype, threads), torch.float32),
+                (ReferenceOps(dtype), torch.float32),
+                (ReferenceOps(torch.float64), torch.float64),
+            ):
                 narrow = dtype if wide == torch.float32 else wide
-                inputs = [None if x is None else unaligned(x.to(k)) for x, k in zip(given[:3], (wide, narrow, wide),
-                                                                                    strict=True)]  # fmt: skip
+                inputs = [
+                    None if x is None else unaligned(x.to(k))
+                    for x, k in zip(given[:3], (wide, narrow, wide), strict=True)
+                ]
                 scales = None if given[3] is None else tuple(unaligned(w.to(wide)) for w in given[3])
                 residual, out = poisoned(*shape, dtype=wide), poisoned(*shape, dtype=narrow)
                 ops.mix_norm(*inputs, scales, residual, out, 1e-5, after)
@@ -116,8 +125,11 @@ def test_features_are_near_fp64(isa: str, dtype: torch.dtype, batch: int, frames
     halves = [torch.randn(batch, frames, stride).to(dtype) * 2 for _ in range(2)]
     mean, ceiling = torch.randn(2, bands) - 8, torch.randn(2, bands) - 7
     results = []
-    for ops, wide in ((CpuOps(dtype, 3), torch.float32), (ReferenceOps(dtype), torch.float32),
-                      (ReferenceOps(torch.float64), torch.float64)):  # fmt: skip
+    for ops, wide in (
+        (CpuOps(dtype, 3), torch.float32),
+        (ReferenceOps(dtype), torch.float32),
+        (ReferenceOps(torch.float64), torch.float64),
+    ):
         inputs = [unaligned(x.to(dtype if wide == torch.float32 else wide)) for x in halves]
         out = poisoned(batch, frames, 3, bands, dtype=wide)
         results.append(ops.features(*inputs, mean.to(wide), ceiling.to(wide), 2.0, out))
@@ -184,7 +196,7 @@ def test_mix_norm_keeps_subnormal_numbers(isa: str) -> None:
     assert (out != 0).all()
 
 
-def test_sizes_are_checked() -> None:
+def test_operators_check_sizes() -> None:
     ops = CpuOps(torch.float32, 1)
     x, norm = torch.zeros(1, 4, 8), (torch.ones(8), torch.zeros(8))
     with pytest.raises(ValueError, match="must not be the source"):

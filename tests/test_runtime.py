@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from presto_rt import native
+from presto_rt.checkpoints.house import network_spec
+from presto_rt.diffusion import noise
 from presto_rt.diffusion.guidance import Guidance
 from presto_rt.diffusion.schedule import LayerSchedule, karras_sigmas, parse_layers
-from presto_rt.diffusion.trajectory import SAMPLERS, compile_trajectory
+from presto_rt.diffusion.trajectory import SAMPLERS, NetworkCall, compile_trajectory, sample
 from presto_rt.errors import GenerationError, InvalidInputError
 from presto_rt.models.config import ModelConfig, preset
-from presto_rt.models.dit import Condition
+from presto_rt.models.dit import Condition, DiT
 from presto_rt.runtime.backend import Backend
 from presto_rt.runtime.cost import Cost, block_cost, plan_cost
 from presto_rt.runtime.cpu.backend import CpuBackend
@@ -36,7 +38,6 @@ from tests.support.networks import (
     conditions,
     double,
     full_trajectory,
-    network_spec,
     random_dit,
     reference_trajectory,
     relative,
@@ -51,8 +52,9 @@ def table(name: str, dtype: torch.dtype = torch.float32, threads: int = 1) -> Re
     return ReferenceOps(dtype) if name == "reference" else CpuOps(dtype, threads)
 
 
-def backend(name: str, threads: int = 1) -> Backend:
-    model = tiny_model()
+def backend(name: str, threads: int = 1, dit: DiT | None = None) -> Backend:
+    """Return a backend of a small random model, in fp32."""
+    model = tiny_model(dit)
     if name == "graph":
         return graph_backend(model)
     if name == "cpu":
@@ -264,9 +266,6 @@ def test_edit_with_nothing_kept_makes_a_variation(name: str) -> None:
 @torch.inference_mode()
 def test_edit_follows_the_textbook_between_steps(name: str) -> None:
     """After each step the kept frames are init plus the first noise at the state's noise level."""
-    from presto_rt.diffusion import noise
-    from presto_rt.diffusion.trajectory import sample
-
     model, frames = random_dit(preset("tiny")), 13
     c, u = conditions(model, 2, frames)
     edit = LatentEdit(torch.randn(2, frames, 64), torch.rand(2, frames))  # weights between 0 and 1, too
@@ -275,9 +274,10 @@ def test_edit_follows_the_textbook_between_steps(name: str) -> None:
     got = program.run(program.plan(calls, c, u, frames, edit), [3, 4])
     both = c.cat(u).ports()
 
-    def evaluate(call, x):  # type: ignore[no-untyped-def]
+    def evaluate(call: NetworkCall, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x = torch.cat([x, x])
-        return model.raw(x, torch.full((4,), call.time), both, call.blocks, call.budget).chunk(2)
+        conditional, unconditional = model.raw(x, torch.full((4,), call.time), both, call.blocks, call.budget).chunk(2)
+        return conditional, unconditional
 
     def fresh(stream: int) -> Tensor:
         return torch.stack([noise.normal(seed, (frames, 64), stream=stream) for seed in (3, 4)])
@@ -290,17 +290,8 @@ def test_edit_follows_the_textbook_between_steps(name: str) -> None:
 def test_backend_raises_where_the_sampler_diverged(name: str) -> None:
     model = random_dit(preset("tiny"))
     model.output.bias.fill_(torch.inf)
-    broken = tiny_model(model)
-    if name == "graph":
-        runs = graph_backend(broken)
-    elif name == "cpu":
-        weights = broken.transformer(torch.device("cpu"))
-        precision = Precision.of(torch.float32)
-        runs = CpuBackend(weights, broken.spec, broken.autoencoder, broken.conditioner, precision=precision, threads=1)
-    else:
-        runs = EagerBackend(broken.network, broken.autoencoder, broken.conditioner, channels=64)
     with pytest.raises(GenerationError, match="diverged"):
-        runs.run(make_job())
+        backend(name, dit=model).run(make_job())
 
 
 # ---- costs and memory
