@@ -19,7 +19,7 @@ import soundfile
 
 from presto_rt.cli.main import EXTENSIONS_GROUP, main
 from presto_rt.cli.options import SAMPLER_NAMES
-from presto_rt.diffusion.samplers import SAMPLERS
+from presto_rt.diffusion.trajectory import SAMPLERS
 from presto_rt.lab.training.synthetic import write_latents
 from tests.support.models import write_tiny_model
 
@@ -80,7 +80,7 @@ def test_generate_json_lists_every_clip(model: str, tmp_path: Path, capsys: pyte
         (["--seed", "-4"], "seed"),
         (["--count", "0"], "count"),
         (["--device", "tpu"], "cpu"),
-        (["--backend", "abacus"], "torch"),
+        (["--backend", "abacus"], "auto, eager, cpu, graph"),
         (["--model", "nothing"], "shipped models are"),
         (["-o", "/no/such/folder/x.wav"], "folder"),
         (["-o", "x.mp3"], ".flac"),
@@ -101,6 +101,32 @@ def test_generate_explains_mistakes_in_one_line(
     assert captured.err.startswith("presto-rt: error: ")
     assert captured.err.count("\n") == 1
     assert words in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("backend", ["eager", "graph"])
+def test_generate_runs_on_a_backend_by_name(model: str, tmp_path: Path, backend: str) -> None:
+    """The same seed gives the same latents on each, so the level of the clip is the same."""
+    level = {}
+    for name in ("auto", backend):
+        out = tmp_path / f"{name}.wav"
+        arguments = ["--backend", name, "--device", "cpu", "--dtype", "float32", "--model", model, "--quiet"]
+        assert main(["generate", "piano", "-o", str(out), "--seconds", "0.5", "--seed", "3", *arguments]) == 0
+        level[name] = float(np.square(soundfile.read(out)[0]).mean())
+    assert level[backend] == pytest.approx(level["auto"], rel=0.05)
+
+
+def test_generate_with_a_deadline_and_no_timings_names_the_remedy(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "x.wav"
+    full = ["generate", "piano", "--seconds", "0.3", "--model", model, "--deadline-ms", "60000", "-o", str(out)]
+    assert main(full) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("presto-rt: error: no timings for clips of 0.3 s")
+    assert "presto-rt tune --seconds 0.3" in error
+    assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from presto_rt import native
+from presto_rt.checkpoints.folder import load_folder
+from presto_rt.checkpoints.house import load_codec
 from presto_rt.errors import GenerationError, InvalidInputError
 from presto_rt.models.codec import Codec, CodecConfig
 from presto_rt.models.spectral import FRAME_HOP, LATENT_HOP, N_FFT, SAMPLE_RATE, SpectralFrames, mel_filters, spsi_numpy
@@ -40,7 +42,7 @@ def peak_hz(samples: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("count", [1, 777, 2047, 2048, 2049, 44101])
-def test_latent_count_is_ceiling_and_decode_gives_back_every_length(codec: Codec, count: int) -> None:
+def test_codec_gives_back_every_length(codec: Codec, count: int) -> None:
     latents = codec.encode(torch.randn(2, 2, count) * 0.1)
     assert latents.shape == (2, -(-count // LATENT_HOP), 64)
     assert latents.dtype == torch.float32
@@ -48,13 +50,13 @@ def test_latent_count_is_ceiling_and_decode_gives_back_every_length(codec: Codec
     assert codec.decode(latents).shape == (2, 2, latents.shape[1] * LATENT_HOP)
 
 
-def test_mono_is_doubled(codec: Codec) -> None:
+def test_encode_doubles_mono(codec: Codec) -> None:
     mono = torch.randn(1, 1, 10000) * 0.1
     assert torch.equal(codec.encode(mono), codec.encode(mono.expand(1, 2, -1)))
     assert torch.equal(codec.encode(mono[0]), codec.encode(mono))
 
 
-def test_encode_and_decode_are_deterministic_and_batch_independent(codec: Codec) -> None:
+def test_codec_is_deterministic_and_independent_of_the_batch(codec: Codec) -> None:
     samples = torch.randn(3, 2, 3 * LATENT_HOP) * 0.1
     first = codec.encode(samples)
     assert torch.equal(first, codec.encode(samples))
@@ -62,7 +64,7 @@ def test_encode_and_decode_are_deterministic_and_batch_independent(codec: Codec)
     assert torch.equal(codec.decode(first, griffin_lim=1), codec.decode(first, griffin_lim=1))
 
 
-def test_sampling_adds_the_posteriors_noise(codec: Codec) -> None:
+def test_encode_with_sample_adds_the_noise_of_the_posterior(codec: Codec) -> None:
     samples = torch.randn(1, 2, 8 * LATENT_HOP) * 0.1
     draw = codec.encode(samples, sample=True, generator=torch.Generator().manual_seed(1))
     again = codec.encode(samples, sample=True, generator=torch.Generator().manual_seed(1))
@@ -79,12 +81,12 @@ def test_sampling_adds_the_posteriors_noise(codec: Codec) -> None:
         (torch.full((1, 2, 5000), float("nan")), "NaN"),
     ],
 )
-def test_bad_samples_are_refused(codec: Codec, bad: torch.Tensor, reason: str) -> None:
+def test_encode_rejects_bad_samples(codec: Codec, bad: torch.Tensor, reason: str) -> None:
     with pytest.raises(InvalidInputError, match=reason):
         codec.encode(bad)
 
 
-def test_bad_latents_are_refused(codec: Codec) -> None:
+def test_decode_rejects_bad_latents(codec: Codec) -> None:
     good = torch.zeros(1, 4, 64)
     for call in (
         lambda: codec.decode(torch.zeros(1, 4, 63)),
@@ -99,12 +101,12 @@ def test_bad_latents_are_refused(codec: Codec) -> None:
 
 
 @torch.inference_mode()
-def test_decoding_never_goes_above_the_ceiling() -> None:
+def test_decode_features_stay_within_max_log_magnitude() -> None:
     codec = Codec().eval()
     latents = 20.0 * torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0))
     codec.decoder.linear.weight.normal_(generator=torch.Generator().manual_seed(1))
     free = codec.decode_features(latents)
-    codec.ceiling[:, :100] = -1.0
+    codec.max_log_magnitude[:, :100] = -1.0
     held = codec.decode_features(latents)
     assert free[:, :, :2, :100].max() > 0.0
     assert held[:, :, :2, :100].max() == -1.0
@@ -112,26 +114,65 @@ def test_decoding_never_goes_above_the_ceiling() -> None:
     assert torch.equal(held[:, :, 2], free[:, :, 2])
 
 
-def test_unknown_config_name_is_refused() -> None:
+def test_codec_state_keeps_the_names_of_saved_weights() -> None:
+    """On disk max_log_magnitude is "ceiling", as in the shipped weights; loading takes that name alone."""
+    torch.manual_seed(0)
+    codec = Codec(SMALL)
+    codec.max_log_magnitude.copy_(torch.randn_like(codec.max_log_magnitude))
+    state = codec.state_dict()
+    assert torch.equal(state["ceiling"], codec.max_log_magnitude)
+    assert "max_log_magnitude" not in state
+    loaded = Codec(SMALL)
+    assert not torch.equal(loaded.max_log_magnitude, codec.max_log_magnitude)
+    loaded.load_state_dict(state)
+    assert torch.equal(loaded.max_log_magnitude, codec.max_log_magnitude)
+    assert "ceiling" in state  # the caller's dict stays as it is
+    wrapped = torch.nn.ModuleDict({"codec": codec})
+    assert "codec.ceiling" in wrapped.state_dict()
+    torch.nn.ModuleDict({"codec": Codec(SMALL)}).load_state_dict(wrapped.state_dict())
+    with pytest.raises(RuntimeError, match="max_log_magnitude"):
+        loaded.load_state_dict({name: value for name, value in state.items() if name != "ceiling"})
+
+
+def test_load_state_of_the_shipped_weights_has_the_saved_names() -> None:
+    checkpoint = load_folder("nano")
+    assert "ceiling" in checkpoint.parts["codec"]
+    codec = load_codec("nano")
+    assert torch.equal(codec.max_log_magnitude, checkpoint.parts["codec"]["ceiling"].float())
+    assert codec.max_log_magnitude.max() < 20.0
+
+
+def test_release_decoder_frees_it_and_keeps_the_encoder() -> None:
+    codec = Codec(SMALL).eval()
+    samples = torch.randn(1, 2, 5000) * 0.1
+    latents = codec.encode(samples)
+    codec.release_decoder()
+    assert torch.equal(codec.encode(samples), latents)
+    assert not list(codec.decoder.parameters())
+    with pytest.raises(RuntimeError):
+        codec.decode(latents)
+
+
+def test_codec_config_survives_json_and_rejects_unknown_names() -> None:
     assert CodecConfig.from_dict(SMALL.to_dict()) == SMALL
     with pytest.raises(InvalidInputError, match="widht"):
         CodecConfig.from_dict({"widht": 3})
 
 
-def test_stft_inverts_exactly(frames: SpectralFrames) -> None:
+def test_istft_inverts_stft_exactly(frames: SpectralFrames) -> None:
     samples = torch.randn(2, 7 * LATENT_HOP)
     spectra = frames.stft(samples)
     assert spectra.shape == (2, 28, N_FFT // 2 + 1)
     assert torch.allclose(frames.istft(spectra), samples, atol=1e-5)
 
 
-def test_full_scale_sine_has_magnitude_one(frames: SpectralFrames) -> None:
+def test_stft_of_a_full_scale_sine_has_magnitude_one(frames: SpectralFrames) -> None:
     hz = 100 * SAMPLE_RATE / N_FFT
     time = torch.arange(8 * LATENT_HOP) / SAMPLE_RATE
     assert frames.stft(torch.sin(2 * torch.pi * hz * time))[16].abs().max() == pytest.approx(1.0, abs=1e-3)
 
 
-def test_features_of_a_panned_signal(frames: SpectralFrames) -> None:
+def test_features_show_the_pan_of_a_signal(frames: SpectralFrames) -> None:
     source = torch.randn(1, 8 * LATENT_HOP) * 0.1
     features = frames.features(torch.stack([source, 0.25 * source], 1), with_cosine=True)
     assert features.shape == (1, 32, 3, frames.bands)
@@ -141,7 +182,7 @@ def test_features_of_a_panned_signal(frames: SpectralFrames) -> None:
     assert (features[:, :, 2][loud] > 0.999).all()
 
 
-def test_spsi_in_cpp_equals_its_reference() -> None:
+def test_spsi_native_equals_reference() -> None:
     if native.lib is None:
         pytest.skip(f"no C++ operators: {native.why}")
     rng = np.random.default_rng(0)
@@ -152,13 +193,13 @@ def test_spsi_in_cpp_equals_its_reference() -> None:
     magnitude[1, 6] = -np.arange(magnitude.shape[2]) + 2000.0
     phasors = torch.empty(magnitude.shape, dtype=torch.complex64)
     native.lib.spsi(torch.from_numpy(magnitude), phasors, FRAME_HOP, N_FFT)
-    twin = spsi_numpy(magnitude, FRAME_HOP, N_FFT)
-    assert np.abs(phasors.numpy() - twin).max() < 1e-5
-    assert np.allclose(np.abs(twin), 1.0, atol=1e-6)
+    reference = spsi_numpy(magnitude, FRAME_HOP, N_FFT)
+    assert np.abs(phasors.numpy() - reference).max() < 1e-5
+    assert np.allclose(np.abs(reference), 1.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("hz", [110.0, 441.7, 1234.5, 5005.0])
-def test_sine_comes_back_at_its_pitch_from_magnitudes(frames: SpectralFrames, hz: float) -> None:
+def test_synthesize_gives_back_a_sine_at_its_pitch(frames: SpectralFrames, hz: float) -> None:
     features = frames.features(tones(1.5, hz, hz)[..., : 32 * LATENT_HOP], with_cosine=True)
     back = frames.synthesize(features, griffin_lim=1)[0, 0]
     exact = hz < 2500  # above, bands are wider than a bin: two at 5 kHz, which smears a lone sine and lowers its level
@@ -166,14 +207,14 @@ def test_sine_comes_back_at_its_pitch_from_magnitudes(frames: SpectralFrames, hz
     assert back.square().mean() == pytest.approx(0.08, rel=0.25 if exact else 0.5)
 
 
-def test_stereo_image_survives(frames: SpectralFrames) -> None:
+def test_synthesize_keeps_the_stereo_image(frames: SpectralFrames) -> None:
     samples = tones(1.5, 440.0, 700.0)[..., : 32 * LATENT_HOP]
     back = frames.synthesize(frames.features(samples, with_cosine=True), griffin_lim=2)[0]
     assert peak_hz(back[0]) == pytest.approx(440.0, abs=3.0)
     assert peak_hz(back[1]) == pytest.approx(700.0, abs=3.0)
 
 
-def test_silence_stays_silent(frames: SpectralFrames) -> None:
+def test_synthesize_keeps_silence(frames: SpectralFrames) -> None:
     back = frames.synthesize(frames.features(torch.zeros(1, 2, 8 * LATENT_HOP), with_cosine=True), griffin_lim=2)
     assert back.abs().max() < 1e-5
 
@@ -185,7 +226,7 @@ def test_mel_filters_have_no_empty_row() -> None:
         assert (filters.sum(1) > 0.4).all()
 
 
-def test_default_decoder_stays_below_one_gigaflop_per_audio_second() -> None:
+def test_decoder_takes_at_most_one_gigaflop_per_audio_second() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     codec = Codec()

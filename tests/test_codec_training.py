@@ -17,6 +17,7 @@ import soundfile
 import torch
 
 from presto_rt.checkpoints import load_folder
+from presto_rt.checkpoints.house import load_codec
 from presto_rt.errors import BackendUnavailableError, InvalidInputError, WeightsError
 from presto_rt.lab.evaluation.codec import evaluate_codec, markdown, measure
 from presto_rt.lab.training import codec as codec_training
@@ -28,7 +29,7 @@ from presto_rt.lab.training.codec_loss import CodecLoss, LossParts, start_from_p
 from presto_rt.lab.training.latents import encode_dataset, load_latents
 from presto_rt.lab.training.time_budget import TimeBudget, learning_rate_factor
 from presto_rt.lab.training.train_log import TrainLog
-from presto_rt.models.codec import Codec, CodecConfig, load_codec
+from presto_rt.models.codec import Codec, CodecConfig
 from presto_rt.models.spectral import LATENT_HOP, SAMPLE_RATE
 
 SMALL = CodecConfig(

@@ -83,7 +83,7 @@ def test_layer_trainer_trains_with_every_method(method: str, data_root: Path, tm
     assert trainer.frames_seen == 3 * 96
     for name, schedule in trainer.schedules().items():
         shifted = trainer.options.shifted
-        assert schedule.told is trainer.options.budget_input
+        assert schedule.budget_input is trainer.options.budget_input
         for _, blocks in schedule.rows:
             assert blocks == ((*range(len(blocks) - 1), 2) if shifted else tuple(range(len(blocks)))), name
 

@@ -1,4 +1,4 @@
-"""The diffusion transformer."""
+"""The diffusion transformer, its condition, rotary positions and beat features."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from presto_rt.conditioning.tempo import beat_features
 from presto_rt.errors import InvalidInputError
 from presto_rt.models.config import PRESETS, ModelConfig, preset
-from presto_rt.models.dit import Condition, DiT, beat_features, drop_text, rotary_table, rotate
+from presto_rt.models.dit import Condition, DiT, drop_text
+from presto_rt.models.rotary import rotary_angles, rotate
 
 
 def random_dit(seed: int = 0) -> DiT:
@@ -28,8 +31,15 @@ def condition(b: int = 2, t: int = 9, length: int = 5) -> Condition:
     return Condition(text, mask, pooled, torch.full((b,), 3.0), torch.randn(b, t, 5), torch.randn(b, 24))
 
 
+def padded(c: Condition, length: int) -> Condition:
+    """The same condition with token states of noise behind the valid ones."""
+    missing = length - c.text.shape[1]
+    noise = torch.randn(len(c.text), missing, c.text.shape[2])
+    return replace(c, text=torch.cat([c.text, noise], 1), text_mask=F.pad(c.text_mask, (0, missing)))
+
+
 @torch.inference_mode()
-def test_every_input_matters() -> None:
+def test_dit_depends_on_every_input() -> None:
     model, c = random_dit(), condition()
     x, s = torch.randn(2, 9, 64), torch.zeros(2)
     base = model(x, s, c)
@@ -43,53 +53,58 @@ def test_every_input_matters() -> None:
         model(x, s, replace(c, pooled=c.pooled * 0)),
         model(x, s, replace(c, text=c.text * 0)),
         model(x, s, c, blocks=(0, 2)),
+        model(x, s, c, budget=0.5),
     ]
     assert all((base - other).abs().max() > 1e-4 for other in changed)
 
 
 @torch.inference_mode()
-def test_batch_item_equals_single_and_padding_is_ignored() -> None:
+def test_dit_ignores_padding_and_the_rest_of_the_batch() -> None:
     model, c = random_dit(), condition()
     x, s = torch.randn(2, 9, 64), torch.tensor([-0.3, 0.4])
-    both = model(x, s, c._padded(11))
+    both = model(x, s, padded(c, 11))
     for i in range(2):
         one = Condition(*(getattr(c, k)[i : i + 1] for k in c.__dataclass_fields__))
         assert torch.allclose(both[i], model(x[i : i + 1], s[i : i + 1], one)[0], atol=1e-5)
 
 
-def test_training_attention_equals_inference_attention() -> None:
-    model, c = random_dit(), condition()._padded(8)
+def test_dit_attention_while_training_equals_attention_at_inference() -> None:
+    model, c = random_dit(), padded(condition(), 8)
     x, s = torch.randn(2, 9, 64), torch.zeros(2)
     with torch.inference_mode():
         fused = model(x, s, c)
     assert torch.allclose(model(x, s, c), fused, atol=1e-5)
 
 
-def test_untrained_network_is_zero_and_budget_is_an_input() -> None:
+def test_dit_without_training_returns_zero() -> None:
     model, c = DiT(preset("tiny")), condition()
     assert model(torch.randn(2, 9, 64), torch.zeros(2), c).abs().max() == 0
-    model = random_dit()
+
+
+def test_condition_vector_depends_on_the_budget() -> None:
+    model, c = random_dit(), condition()
     full, half = (model.condition_vector(torch.zeros(2), c, torch.full((2,), b)) for b in (1.0, 0.5))
     assert (full - half).abs().max() > 1e-3
 
 
-def test_the_key_is_heard_where_it_is_decided() -> None:
-    """At high noise; at low noise the latents tell it themselves, and training it there would only add noise."""
+def test_condition_vector_depends_on_the_key_at_high_noise() -> None:
+    """At low noise the latents show the key, and training it there would only add noise."""
     model, c = DiT(preset("tiny")), condition()
     torch.nn.init.normal_(model.key.weight)
 
-    def heard(sigma: float) -> float:
+    def effect(sigma: float) -> float:
         c_noise = torch.full((2,), math.log(sigma) / 4)
         with_key, without = (
-            model.condition_sum(c_noise, replace(c, key=key), torch.ones(2)) for key in (torch.ones(2, 24), c.key * 0)
+            model.embedding_sum(c_noise, replace(c, key=key).vector(), torch.ones(2))
+            for key in (torch.ones(2, 24), c.key * 0)
         )
-        return float((with_key - without).norm())
+        return float((with_key - without).detach().norm())
 
-    assert heard(0.1) < 1e-3 * heard(40.0)
-    assert heard(4.0) == pytest.approx(0.5 * heard(4000.0), rel=1e-3)
+    assert effect(0.1) < 1e-3 * effect(40.0)
+    assert effect(4.0) == pytest.approx(0.5 * effect(4000.0), rel=1e-3)
 
 
-def test_dropped_text_is_the_null_condition() -> None:
+def test_drop_text_gives_the_null_condition() -> None:
     model, c = random_dit(), condition()
     x, s = torch.randn(2, 9, 64), torch.zeros(2)
     with torch.inference_mode():
@@ -98,8 +113,46 @@ def test_dropped_text_is_the_null_condition() -> None:
         assert torch.allclose(dropped[1], model(x, s, c)[1], atol=1e-5)
 
 
-def test_rotary_is_relative_and_fp32() -> None:
-    cos, sin = rotary_table(4_000, 64)
+@torch.inference_mode()
+def test_dit_raw_equals_forward_through_the_ports() -> None:
+    """Texts of different lengths, blocks and a budget included; the ports keep every field."""
+    model, c = random_dit(), condition()
+    c = replace(c, text_mask=torch.arange(5) < torch.tensor([[5], [3]]))
+    ports = c.ports()
+    assert ports.cross_lengths.tolist() == [5, 3]
+    assert torch.equal(ports.cross_mask, c.text_mask)
+    back = Condition.from_ports(ports)
+    assert all(torch.equal(getattr(back, name), getattr(c, name)) for name in c.__dataclass_fields__)
+    x, s = torch.randn(2, 9, 64), torch.tensor([-0.3, 0.4])
+    assert torch.equal(model.raw(x, s, ports, (0, 2), 0.5), model(x, s, c, (0, 2), 0.5))
+    assert torch.equal(model.raw(x, s, ports, (0, 1, 2), 1.0), model(x, s, c))
+
+
+@torch.inference_mode()
+def test_condition_cat_pads_the_shorter_texts() -> None:
+    model, a, b = random_dit(), condition(length=7), condition(length=4)
+    x, s = torch.randn(4, 9, 64), torch.zeros(4)
+    for first, second in ((a, b), (b, a)):
+        both = first.cat(second)
+        assert both.text.shape == (4, 7, 384)
+        assert both.text_mask.sum(1).tolist() == [first.text.shape[1]] * 2 + [second.text.shape[1]] * 2
+        apart = torch.cat([model(x[:2], s[:2], first), model(x[2:], s[2:], second)])
+        assert torch.allclose(model(x, s, both), apart, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_reset_budget_embedding_keeps_the_output_at_budget_one() -> None:
+    model, c = random_dit(), condition()
+    x, s = torch.randn(2, 9, 64), torch.zeros(2)
+    full, half = model(x, s, c, budget=1.0), model(x, s, c, budget=0.5)
+    assert (full - half).abs().max() > 1e-3
+    model.reset_budget_embedding()
+    for budget in (1.0, 0.5, 0.25):
+        assert torch.allclose(model(x, s, c, budget=budget), full, atol=1e-5)
+
+
+def test_rotary_positions_are_relative_and_fp32() -> None:
+    cos, sin = rotary_angles(4_000, 64)
     q, k = torch.randn(64), torch.randn(64)
 
     def score(i: int, j: int) -> float:
@@ -111,16 +164,16 @@ def test_rotary_is_relative_and_fp32() -> None:
     assert cos.dtype == torch.float32
 
 
-def test_beat_features() -> None:
+def test_beat_features_follow_beat_and_bar() -> None:
     beats = beat_features(100, 0.05, 120.0, beats_per_bar=4, offset=0.025, start=0.0)
-    assert beats[0].tolist() == pytest.approx([0, 1, 0, 1, 1], abs=1e-6)  # frame 0 is centred on the first downbeat
+    assert beats[0].tolist() == pytest.approx([0, 1, 0, 1, 1], abs=1e-6)  # frame 0 is centered on the first downbeat
     assert beats[10].tolist() == pytest.approx([0, 1, 1, 0, 1], abs=1e-5)  # 0.5 s later: one beat, a quarter of a bar
     later = beat_features(50, 0.05, 120.0, offset=0.025, start=2.5)
     assert torch.allclose(later, beats[50:], atol=1e-5)
     assert beat_features(7, 0.05, None).abs().max() == 0
 
 
-def test_presets() -> None:
+def test_presets_have_their_sizes_and_survive_json() -> None:
     sizes = {n: sum(p.numel() for p in DiT(c).parameters()) for n, c in PRESETS.items() if n in ("tiny", "nano")}
     assert sizes["nano"] <= 40e6
     assert (PRESETS["small"].blocks, PRESETS["small"].width) == (20, 1024)

@@ -24,9 +24,10 @@ from presto_rt.lab.evaluation.compare import ComparisonRow, compare, markdown, p
 from presto_rt.lab.evaluation.variance import curves, hidden_variance
 from presto_rt.lab.training.conditions import LatentSet
 from presto_rt.lab.training.synthetic import write_latents
+from presto_rt.loading import load
+from presto_rt.models.codec import Codec
 from presto_rt.models.config import preset
 from presto_rt.models.dit import DiT
-from presto_rt.pipeline import load
 from tests.support.models import CODEC, write_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -182,8 +183,9 @@ def test_bench_row_trains_and_evaluates(bench: ModuleType, tmp_path: Path, monke
     ]
     assert (tmp_path / "runs" / "presto-l-seed1" / "checkpoint.safetensors").is_file()
     model = load(evaluated[0].model, dtype="float32")
-    assert (model.defaults.steps, model.defaults.sampler, model.defaults.layers) == (4, "few_step", "70%")
-    assert model.plan(1.0).layers == model.schedules["70%"]
+    defaults = model.model.defaults
+    assert (defaults.steps, defaults.sampler, defaults.layers) == (4, "few_step", "70%")
+    assert model.plan(1.0).layers == model.model.schedules["70%"]
     with pytest.raises(SystemExit, match="no row"):
         bench.main(["row", "magic"])
 
@@ -274,9 +276,12 @@ def test_pack_takes_the_codec_from_a_model(tmp_path: Path) -> None:
         quality=[{"steps": 2, "layers": "70%", "kid": 0.1}],
     )
     model = load(tmp_path / "whole", dtype="float32")
-    assert (model.defaults.steps, model.defaults.sampler, model.defaults.layers) == (2, "heun", "70%")
-    assert model.quality == [{"steps": 2, "layers": "70%", "kid": 0.1}]
-    assert model.codec.config == CODEC
+    defaults = model.model.defaults
+    assert (defaults.steps, defaults.sampler, defaults.layers) == (2, "heun", "70%")
+    assert model.model.quality == [{"steps": 2, "layers": "70%", "kid": 0.1}]
+    codec = model.model.autoencoder
+    assert isinstance(codec, Codec)
+    assert codec.config == CODEC
     a, b = (
         m.generate("x", seconds=0.3, seed=1, steps=2, layers=3).samples for m in (model, load(folder, dtype="float32"))
     )

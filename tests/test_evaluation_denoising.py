@@ -128,9 +128,9 @@ def test_load_pieces_slices_a_split(tmp_path: Path) -> None:
     assert [len(p) for p in denoising.load_pieces(tmp_path, "train", max_frames=7)] == [5]
 
 
-def test_model_errors_measures_a_pipeline_on_held_out_latents(tmp_path: Path) -> None:
+def test_model_errors_measures_a_model_on_held_out_latents(tmp_path: Path) -> None:
+    from presto_rt.checkpoints.house import load_model
     from presto_rt.lab.data.manifest import Item, Manifest
-    from presto_rt.pipeline import load
     from tests.support.models import write_tiny_model
 
     items = []
@@ -146,9 +146,12 @@ def test_model_errors_measures_a_pipeline_on_held_out_latents(tmp_path: Path) ->
             )
         )
     Manifest(tmp_path, 0, items).save()
-    model = load(write_tiny_model(tmp_path / "tiny"), dtype="float32")
+    model = load_model(write_tiny_model(tmp_path / "tiny"))
     rows = denoising.model_errors(model, tmp_path, clips=4, frames=64)
     assert [r.sigma for r in rows] == pytest.approx(denoising.SIGMAS)
     for row in rows:
         assert row.model.low <= row.model.value <= row.model.high
         assert row.model.value > row.linear.value  # an untrained network cannot beat the Wiener filter of such data
+    model.network = None  # as after a fused backend has packed it
+    with pytest.raises(InvalidInputError, match="load_model"):
+        denoising.model_errors(model, tmp_path, clips=4, frames=64)

@@ -183,7 +183,7 @@ def test_choose_records_is_deterministic_and_prefers_informative_captions(data_s
 
 
 def test_evaluate_model_covers_all_sets_and_resumes(data_set: Path, tmp_path: Path) -> None:
-    from presto_rt.pipeline import load
+    from presto_rt.loading import load
 
     model = load(write_tiny_model(tmp_path / "tiny"), dtype="float32")
     settings: dict[str, Any] = {

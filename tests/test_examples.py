@@ -35,16 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_examples_are_all_tested_here() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"threads", "server", "tiny_model"}
-
-
-def test_tiny_model_plays_a_higher_tone_for_a_longer_prompt() -> None:
-    pipeline = example("tiny_model").tiny_pipeline()
-    clips = pipeline.generate(["a tone", "a tone with a much longer prompt"], seconds=1, seed=1)
-    spectra = [np.abs(np.fft.rfft(clip.samples[0])) for clip in clips]
-    low, high = (int(spectrum.argmax()) for spectrum in spectra)
-    assert 0 < low < high
-    assert np.array_equal(clips[0].samples, pipeline.generate("a tone", seconds=1, seed=1).samples)
+    """Here, or in a test file of the same name."""
+    elsewhere = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - elsewhere == {"threads", "server"}
 
 
 def test_threads_example_matches_the_pipeline(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,9 +101,11 @@ def test_describe_prints_buffers_and_detects_aliases(
 
 
 def test_graph_backend_equals_the_eager_backend(folder: Path) -> None:
-    graph, eager = (load(folder, dtype="float32", backend=name) for name in ("graph", "eager"))
-    assert graph.backend.name == "graph"
-    a, b = (model.generate("piano, 90 bpm", seconds=1.0, seed=7) for model in (graph, eager))
+    """Same call, same sound, on either backend; presets with random weights have it in their names."""
+    request = {"prompt": "piano, 90 bpm", "seconds": 1.0, "seed": 7}
+    graph, plain = (load(folder, dtype="float32", backend=b) for b in ("graph", "eager"))
+    assert (graph.backend.name, plain.backend.name) == ("graph", "eager")
+    a, b = graph.generate(**request), plain.generate(**request)
     assert a.latents is not None
     assert b.latents is not None
     assert (a.latents - b.latents).abs().max() <= 1e-4 * b.latents.abs().max()
@@ -118,12 +113,14 @@ def test_graph_backend_equals_the_eager_backend(folder: Path) -> None:
     # sound is compared where phases cannot tip over: the loudness of both
     assert float(np.square(a.samples).mean()) == pytest.approx(float(np.square(b.samples).mean()), rel=0.05)
     assert set(a.timings) == {"text", "denoise", "decode", "total"}
-    integers = graph.generate("piano, 90 bpm", seconds=1.0, seed=7, sample_format="int16")
+    integers = graph.generate(**request, sample_format="int16")
+    assert integers.samples.dtype == np.int16
     assert np.array_equal(integers.to_int16(), a.to_int16())
     seen: list[tuple[int, int]] = []
     clips = graph.generate(["piano", "drums"], seconds=0.5, steps=3, seed=1, callback=lambda *s: seen.append(s))
     assert len(clips) == 2
-    assert seen == [(1, 3), (2, 3), (3, 3)] * 2
+    batches = 2 if graph.backend.max_batch(graph.plan(0.5).frames) == 1 else 1
+    assert seen == [(1, 3), (2, 3), (3, 3)] * batches
     random = load("tiny-random", backend="graph", dtype="float32")
     assert random.model.name == "tiny-random"
     sound = random.generate("piano", seconds=0.3, seed=1).samples

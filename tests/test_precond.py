@@ -1,4 +1,4 @@
-"""Preconditioners: three kinds of network, one denoiser."""
+"""Preconditioners: three prediction types, one denoiser."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rf_network(z: Tensor, time: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("kind", "network"), [("edm", edm_network), ("v", v_network), ("rf", rf_network)])
-def test_same_denoiser(kind: str, network: object) -> None:
+def test_precondition_gives_the_same_denoiser_for_every_prediction_type(kind: str, network: object) -> None:
     x = torch.randn(7, 5, 3, dtype=torch.float64)
     sigma = torch.tensor([0.002, 0.05, 0.3, 0.5, 1.0, 8.0, 80.0], dtype=torch.float64)
     x = x * (SD**2 + sigma**2).sqrt()[:, None, None]
@@ -51,7 +51,7 @@ def test_same_denoiser(kind: str, network: object) -> None:
 
 
 @pytest.mark.parametrize("kind", ["edm", "v"])
-def test_unit_variance_in_and_out(kind: str) -> None:
+def test_coefficients_give_unit_variance_in_and_out(kind: str) -> None:
     sigma = torch.logspace(-3, 2, 20, dtype=torch.float64)
     c_skip, c_out, c_in, _ = coefficients(sigma, kind, SD)
     assert torch.allclose(c_in**2 * (sigma**2 + SD**2), torch.ones_like(sigma))
@@ -62,11 +62,11 @@ def test_unit_variance_in_and_out(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["edm", "v", "rf"])
-def test_the_level_follows_from_the_time(kind: str) -> None:
+def test_sigma_of_inverts_the_time_input(kind: str) -> None:
     sigma = torch.logspace(-2.7, 1.9, 20, dtype=torch.float64)
     assert torch.allclose(sigma_of(coefficients(sigma, kind, SD)[3], kind, SD), sigma)
 
 
-def test_unknown_kind() -> None:
+def test_coefficients_reject_an_unknown_prediction_type() -> None:
     with pytest.raises(InvalidInputError, match="rf"):
         coefficients(torch.ones(1), "x0", SD)

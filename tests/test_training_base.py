@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from presto_rt.conditioning.tempo import beat_features
 from presto_rt.diffusion.precond import precondition
 from presto_rt.errors import InvalidInputError
 from presto_rt.lab.training import settings
@@ -22,7 +23,6 @@ from presto_rt.lab.training.checkpoint import checkpoint_meta, load_checkpoint, 
 from presto_rt.lab.training.conditions import FRAME_SECONDS, LatentSet
 from presto_rt.lab.training.synthetic import write_latents
 from presto_rt.models.config import preset
-from presto_rt.models.dit import beat_features
 
 FRAMES = 200
 OPTIONS = {"tokens": 256, "frames": ((32, 1.0),), "checkpoint_minutes": 0.02}
