@@ -17,16 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from presto_rt import native
-from presto_rt.models.dit import rotary_table
+from presto_rt.models.rotary import rotary_angles
 from presto_rt.models.spectral import SpectralFrames
-from presto_rt.runtime.cpu.ops import CpuOps, pack
+from presto_rt.runtime.cpu.ops import CpuOps
+from presto_rt.runtime.cpu.products import pack_linear
 from presto_rt.runtime.cpu.threads import openmp, thread_limit
 from presto_rt.runtime.eager.ops import ReferenceOps
+from presto_rt.runtime.ops import Modulation, SamplerBuffers
+from presto_rt.runtime.plan import PlannedCall
 
 if native.lib is None:
     pytest.skip(f"no C++ operators: {native.why}", allow_module_level=True)
 
 DTYPES = [torch.float32, torch.bfloat16]
+EPS = 1e-6
 UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
 
 
@@ -74,8 +78,8 @@ def test_adaln_is_near_fp64(
 
     def run(ops: Any, wide: torch.dtype, narrow: torch.dtype) -> tuple[Tensor, Tensor]:
         residual, out = (poisoned(batch, tokens, width, dtype=kind) for kind in (wide, narrow))
-        inputs = unaligned(source.to(wide)), unaligned(branch.to(narrow)), unaligned(rows.to(wide))
-        ops.adaln(*inputs, gate, shift, scale, residual, out)
+        modulation = Modulation(unaligned(rows.to(wide)), gate, shift, scale)
+        ops.adaln(unaligned(source.to(wide)), unaligned(branch.to(narrow)), modulation, residual, out, EPS)
         return residual, out
 
     got = run(CpuOps(dtype, threads), torch.float32, dtype)
@@ -100,11 +104,11 @@ def exactly(
 @pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 2), (5, 3, 24), (37, 6, 64), (9, 2, 128), (7, 2, 34)])
 def test_qk_norm_rope_is_near_fp64(dtype: torch.dtype, tokens: int, heads: int, dim: int) -> None:
     qkv = torch.randn(2, tokens, 3 * heads * dim).to(dtype)
-    weights, angles = (torch.rand(dim) + 0.5, torch.rand(dim) + 0.5), rotary_table(tokens, dim)
+    weights, angles = (torch.rand(dim) + 0.5, torch.rand(dim) + 0.5), rotary_angles(tokens, dim)
     results = []
     for ops in (CpuOps(dtype, 3), ReferenceOps(dtype)):
         q, k = (poisoned(2, heads, tokens, dim, dtype=dtype) for _ in range(2))
-        v = ops.qk_norm_rope(unaligned(qkv), angles, weights, q, k)
+        v = ops.qk_norm_rope(unaligned(qkv), angles, weights, q, k, EPS)
         assert torch.equal(v, qkv.unflatten(-1, (3, heads, dim))[:, :, 2].transpose(1, 2))
         results.append((q, k))
     parts = qkv.double().unflatten(-1, (3, heads, dim)).permute(2, 0, 3, 1, 4)
@@ -167,17 +171,18 @@ def test_adaln_propagates_nan_within_its_row(dtype: torch.dtype) -> None:
     source, out = torch.zeros(1, 3, 40), torch.empty(1, 3, 40, dtype=dtype)
     source[0, 1, 5] = nan
     residual = torch.empty_like(source)
-    ops.adaln(source, torch.ones(1, 3, 40, dtype=dtype), torch.zeros(1, 1, 40), None, None, None, residual, out)
+    ops.adaln(source, torch.ones(1, 3, 40, dtype=dtype), Modulation(torch.zeros(1, 1, 40)), residual, out, EPS)
     assert out[0, 1].isnan().all()
     assert torch.equal(out[0, 0], torch.zeros(40, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_adaln_without_a_branch_is_the_norm_of_its_source(dtype: torch.dtype) -> None:
+def test_adaln_of_a_zero_branch_is_the_norm_of_its_source(dtype: torch.dtype) -> None:
     source, out, residual = torch.randn(2, 5, 24), torch.empty(2, 5, 24, dtype=dtype), torch.empty(2, 5, 24)
-    CpuOps(dtype, 1).adaln(source, None, None, None, None, None, residual, out)
+    modulation = Modulation(torch.zeros(2, 1, 24))
+    CpuOps(dtype, 1).adaln(source, torch.zeros(2, 5, 24, dtype=dtype), modulation, residual, out, EPS)
     assert torch.equal(residual, source)
-    close(out, F.layer_norm(source, (24,), eps=1e-6).to(dtype), F.layer_norm(source.double(), (24,), eps=1e-6))
+    close(out, F.layer_norm(source, (24,), eps=EPS).to(dtype), F.layer_norm(source.double(), (24,), eps=EPS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -210,17 +215,22 @@ def test_attention_propagates_what_is_not_finite(dtype: torch.dtype, wild: float
         assert torch.equal(got.isinf(), want[0].isinf())
 
 
+def planned(coefficients: Tensor, copies: int) -> PlannedCall:
+    return PlannedCall((0,), False, 0, None, copies, 1, coefficients, torch.zeros(1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 63, 4099])
 def test_sampler_step_is_exact_in_the_order_written(dtype: torch.dtype, count: int) -> None:
     x, history, noise = (torch.randn(2, count, 1) for _ in range(3))
     conditional, unconditional = (torch.randn(2, count, 1).to(dtype) for _ in range(2))
-    update = torch.randn(9)
+    coefficients = torch.randn(9)
     for other, fresh, copies in ((unconditional, noise, 2), (None, None, 1), (unconditional, None, 0)):
         results = []
+        call = planned(coefficients, copies)
         for ops in (CpuOps(dtype, 2), ReferenceOps(dtype)):
             state = [t.clone() for t in (x, history, torch.zeros(4, count, 1, dtype=dtype))]
-            ops.sampler_step(*state[:2], conditional, other, fresh, update, copies, state[2])
+            ops.update_state(SamplerBuffers(state[0], state[1], noise, state[2]), conditional, other, fresh, call)
             results.append(state)
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -228,8 +238,8 @@ def test_sampler_step_is_exact_in_the_order_written(dtype: torch.dtype, count: i
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pack_gives_the_linear_product(dtype: torch.dtype) -> None:
     x, w, b = torch.randn(3, 29, 72).to(dtype), torch.randn(50, 72).to(dtype), torch.randn(50).to(dtype)
-    close(pack(w, b, dtype)(x), F.linear(x, w, b), F.linear(x.double(), w.double(), b.double()))
-    close(pack(w, None, dtype)(x), F.linear(x, w), F.linear(x.double(), w.double()))
+    close(pack_linear(w, b, dtype)(x), F.linear(x, w, b), F.linear(x.double(), w.double(), b.double()))
+    close(pack_linear(w, None, dtype)(x), F.linear(x, w), F.linear(x.double(), w.double()))
 
 
 def test_tensor_view_names_the_argument_that_does_not_fit() -> None:
@@ -247,26 +257,26 @@ def test_tensor_view_names_the_argument_that_does_not_fit() -> None:
     ]
     for bad, message in refused:
         with pytest.raises(ValueError, match=message):
-            ops.adaln(x, bad, table, 0, 1, 2, good, good.clone())
+            ops.adaln(x, bad, Modulation(table, 0, 1, 2), good, good.clone(), EPS)
     with pytest.raises(ValueError, match=r"source: expected float32 \(1, 4, 8\), contiguous; got None"):
-        ops.adaln(None, good, table, 0, 1, 2, good, good.clone())  # type: ignore[arg-type]
+        ops.adaln(None, good, Modulation(table, 0, 1, 2), good, good.clone(), EPS)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"residual: expected a tensor of rank 3; got float32 \(4, 8\)"):
-        ops.adaln(x, good, table, 0, 1, 2, good[0], good.clone())
+        ops.adaln(x, good, Modulation(table, 0, 1, 2), good[0], good.clone(), EPS)
     with pytest.raises(ValueError, match="out: expected float32 or bfloat16; got float16"):
-        ops.adaln(x, good, table, 0, 1, 2, good, good.half())
+        ops.adaln(x, good, Modulation(table, 0, 1, 2), good, good.half(), EPS)
 
 
 def test_adaln_refuses_rows_that_its_table_lacks() -> None:
     ops, x, good = CpuOps(torch.float32, 1), torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)
     with pytest.raises(ValueError, match=r"table: expected float32 \(1, 3, 8\)"):
-        ops.adaln(x, good, torch.zeros(1, 3, 7), 0, 1, 2, good, good.clone())
+        ops.adaln(x, good, Modulation(torch.zeros(1, 3, 7), 0, 1, 2), good, good.clone(), EPS)
     for row in (3, -1):
         with pytest.raises(ValueError, match=f"scale: expected a row of the table, 0 to 2; got {row}"):
-            ops.adaln(x, good, torch.zeros(1, 3, 8), 0, 1, row, good, good.clone())
+            ops.adaln(x, good, Modulation(torch.zeros(1, 3, 8), 0, 1, row), good, good.clone(), EPS)
     with pytest.raises(ValueError, match="table: expected a tensor"):
-        ops.adaln(x, good, None, 0, None, None, good, good.clone())
+        ops.adaln(x, good, Modulation(None, 0), good, good.clone(), EPS)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="shift: expected together with scale"):
-        ops.adaln(x, good, torch.zeros(1, 3, 8), 0, 1, None, good, good.clone())
+        ops.adaln(x, good, Modulation(torch.zeros(1, 3, 8), 0, 1), good, good.clone(), EPS)
 
 
 def test_attention_refuses_tensors_that_do_not_fit() -> None:
@@ -288,7 +298,7 @@ def test_attention_refuses_tensors_that_do_not_fit() -> None:
 def test_sampler_step_refuses_an_input_that_is_too_small() -> None:
     ops, x = CpuOps(torch.float32, 1), torch.zeros(2, 4, 3)
     with pytest.raises(ValueError, match="network_input: 2 copies of 2 clips do not fit an input of 2"):
-        ops.sampler_step(x, x.clone(), x, None, None, torch.zeros(9), 2, x.clone())
+        ops.update_state(SamplerBuffers(x, x.clone(), x.clone(), x.clone()), x, None, None, planned(torch.zeros(9), 2))
 
 
 def test_rescale_refuses_an_unknown_activation() -> None:
