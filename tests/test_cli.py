@@ -185,8 +185,8 @@ def test_info_prints_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--device", "tpu"], "auto, cpu and cuda"),
-        (["--set", "clips=1"], "there are learning_rate, tokens"),
+        (["--device", "tpu"], "unknown device 'tpu'; choose from: auto, cpu, cuda"),
+        (["--set", "clips=1"], "unknown option 'clips'; choose from: "),
         (["--set", "clip=loud"], "1.0"),
         (["--tokens", "0"], "tokens"),
         (["--set", "minutes=3"], "'minutes'"),

@@ -186,7 +186,7 @@ def test_bench_row_trains_and_evaluates(bench: ModuleType, tmp_path: Path, monke
     defaults = model.model.defaults
     assert (defaults.steps, defaults.sampler, defaults.layers) == (4, "few_step", "70%")
     assert model.plan(1.0).layers == model.model.schedules["70%"]
-    with pytest.raises(SystemExit, match="no row"):
+    with pytest.raises(SystemExit, match="unknown row 'magic'; choose from: full depth"):
         bench.main(["row", "magic"])
 
 
