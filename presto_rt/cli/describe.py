@@ -11,7 +11,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from .options import SAMPLER_NAMES
+from .options import SAMPLERS
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("preset", nargs="?", default="nano", help="a preset: tiny, nano, small, ... (default: nano)")
     parser.add_argument("--seconds", type=float, default=32.0, help="length of each clip (default: 32)")
     parser.add_argument("--steps", type=int, default=4, help="sampling steps (default: 4)")
-    parser.add_argument("--sampler", default="few_step", help=f"{', '.join(SAMPLER_NAMES)} (default: few_step)")
+    parser.add_argument("--sampler", default="few_step", help=f"{SAMPLERS} (default: few_step)")
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale; 1 is none (default: 1)")
     parser.add_argument("--layers", default="100%", help="blocks that run, as for `generate` (default: 100%%)")
     parser.add_argument("--clips", type=int, default=1, help="clips in a batch (default: 1)")

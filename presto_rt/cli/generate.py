@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
-from .options import SAMPLER_NAMES, add_model_options
+from .options import SAMPLERS, add_model_options
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -35,7 +35,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--bpm", type=float, help="tempo (default: the prompt's own, if it names one)")
     parser.add_argument("--key", help='key such as "D minor" (default: the prompt\'s own, if it names one)')
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
-    parser.add_argument("--sampler", help=f"{', '.join(SAMPLER_NAMES)} (default: the model's)")
+    parser.add_argument("--sampler", help=f"{SAMPLERS} (default: the model's)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 is none")
     parser.add_argument("--cfg-pp", action="store_true", help="CFG++, with --guidance from 0 to 1")
     parser.add_argument("--negative-prompt", help="text that guidance leads away from")

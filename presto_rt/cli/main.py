@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InvalidInputError, PrestoError
 from . import codec, describe, generate, info, tune
+from .options import Parser
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -62,7 +63,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             f"unknown command {command!r}; choose from: {', '.join([*COMMANDS, *extensions])} "
             "(in a source tree, pip install -e . registers all commands)"
         )
-    parser = argparse.ArgumentParser(prog="presto-rt", description="Text to 44.1 kHz stereo music, in moments.")
+    parser = Parser(prog="presto-rt", description="Text to 44.1 kHz stereo music, in moments.")
     parser.add_argument("--version", action="version", version=f"presto-rt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add_parser in COMMANDS.values():

@@ -8,8 +8,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-# Names of `presto_rt.diffusion`'s table of samplers, repeated so that the help needs no torch; a test compares both.
-SAMPLER_NAMES = ("euler", "heun", "dpmpp_2m", "dpmpp_2s", "few_step")
+SAMPLERS = "SAMPLERS"  # stands for the names of the table of samplers in a help text; see `Parser`
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser whose help names the samplers. The table is imported, and torch with it, when help is printed."""
+
+    def format_help(self) -> str:
+        """Return the help text with the names of the table in place of SAMPLERS."""
+        text = super().format_help()
+        if SAMPLERS not in text:
+            return text
+        from ..diffusion import trajectory
+
+        return text.replace(SAMPLERS, ", ".join(trajectory.SAMPLERS))
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
