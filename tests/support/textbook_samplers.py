@@ -105,16 +105,18 @@ ODE_SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2s": dpmpp_2s,
 }
-SAMPLERS = (*ODE_SAMPLERS, "few_step")
+#: Samplers that add fresh noise, by name.
+STOCHASTIC_SAMPLERS: dict[str, Callable[..., Tensor]] = {"few_step": few_step}
+SAMPLERS = (*ODE_SAMPLERS, *STOCHASTIC_SAMPLERS)
 CFG_PP_SAMPLERS = ("euler", "dpmpp_2m")
 
 
 def sample(
     name: str, denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, progress: Progress | None = None
 ) -> Tensor:
-    """Run the sampler called `name`. noise: fresh noise of a stream (few_step alone takes it)."""
-    if name == "few_step":
-        return few_step(denoise, x, sigmas, noise, progress)
+    """Run the sampler called `name`. noise: fresh noise of a stream, for the stochastic ones."""
+    if name in STOCHASTIC_SAMPLERS:
+        return STOCHASTIC_SAMPLERS[name](denoise, x, sigmas, noise, progress)
     return ODE_SAMPLERS[name](denoise, x, sigmas, progress)
 
 
