@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .request import GenerationOptions
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Audio",
     "BackendUnavailableError",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -103,25 +102,17 @@ class TextEncoder(BertEncoder):
         return [ids if len(ids) <= max_tokens else [*ids[: max_tokens - 1], ids[-1]] for ids in encoded]
 
     @torch.inference_mode()
-    def encode(
-        self,
-        prompts: list[str],
-        max_tokens: int = 96,
-        network: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> TextStates:
+    def encode(self, prompts: list[str], max_tokens: int = 96) -> TextStates:
         """Return the token states of prompts, padded to the longest.
 
-        Args:
-            prompts: Any strings, B of them.
-            max_tokens: Longer prompts are cut there with a logged warning.
-            network: Replacement of `forward`, as a fused runtime provides; None runs `forward`.
+        prompts: any strings, B of them. max_tokens: longer prompts are cut there with a logged warning.
         """
         encoded = self.tokens(prompts, max_tokens)
         length = max(map(len, encoded))
         device = self.token_embedding.weight.device
         ids = torch.tensor([tokens + [0] * (length - len(tokens)) for tokens in encoded], device=device)
         mask = torch.tensor([[i < len(tokens) for i in range(length)] for tokens in encoded], device=device)
-        states = (network or self)(ids, mask)
+        states = self(ids, mask)
         pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return TextStates(states, mask, pooled)
 

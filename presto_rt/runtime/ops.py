@@ -36,11 +36,9 @@ class Capabilities:
     """Abilities that not every table has.
 
     allocates_matmul_output: `linear` returns a tensor of its own, so the arena holds no buffer for it.
-    masks_keys: `attention` takes the number of valid keys, and `mix_norm` the number of valid frames.
     """
 
     allocates_matmul_output: bool = False
-    masks_keys: bool = True
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class CpuOps:
         BackendUnavailableError: where `unsupported_reason` has a reason, and for int8 products that are not available.
     """
 
-    capabilities = Capabilities(allocates_matmul_output=True, masks_keys=False)
+    capabilities = Capabilities(allocates_matmul_output=True)
     device = torch.device("cpu")
 
     def __init__(
