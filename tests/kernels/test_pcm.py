@@ -26,7 +26,7 @@ def test_pcm_equals_the_package_conversion_to_the_bit(device, shape, dithered):
     ours = pcm(samples, seeds_tensor(numbers, device) if dithered else None, backend="triton")
     for clip, integers, seed in zip(samples, ours, numbers, strict=True):
         assert torch.equal(integers.cpu(), package.to_pcm(clip.cpu(), 16, dither=dithered, seed=seed))
-        assert torch.equal(integers.cpu(), package.to_pcm_torch(clip.cpu(), 16, dither=dithered, seed=seed))
+        assert torch.equal(integers.cpu(), package.to_pcm_reference(clip.cpu(), 16, dither=dithered, seed=seed))
 
 
 def test_pcm_clamps_and_rounds_at_the_edges(device):
