@@ -1,4 +1,4 @@
-"""Time of each C++ operator, of torch, and of copying as many bytes: `python bench/operators.py` runs this through
+"""Time of each C++ operator, of torch, and of copying as many bytes: `python -m bench.operators` runs this through
 pytest-benchmark and keeps the medians. In bf16 at nano's shapes for 32 s of stereo.
 
 An operator must first equal torch's result; a wrong one is an error, not a time.
@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from presto_rt import native
-from presto_rt.models.dit import rotary_table
+from presto_rt.models.rotary import rotary_angles
 from presto_rt.models.spectral import SpectralFrames
 from presto_rt.runtime.cpu.ops import CpuOps
 from presto_rt.runtime.cpu.threads import thread_limit
 from presto_rt.runtime.eager.ops import ReferenceOps
+from presto_rt.runtime.ops import Modulation, SamplerBuffers
+from presto_rt.runtime.plan import PlannedCall
 
 if native.lib is None:
     pytest.skip(f"no C++ operators: {native.why}", allow_module_level=True)
@@ -52,7 +54,7 @@ def norms() -> Case:
     out, after, ops = torch.empty_like(branch), torch.empty_like(residual), CpuOps(BF16, THREADS)
 
     def ours() -> Tensor:
-        ops.adaln(residual, branch, rows, 0, 1, 2, after, out)
+        ops.adaln(residual, branch, Modulation(rows, 0, 1, 2), after, out, 1e-6)
         return out
 
     def plain() -> Tensor:
@@ -63,12 +65,12 @@ def norms() -> Case:
 
 
 def rope() -> Case:
-    qkv, angles, ones = torch.randn(1, TOKENS, 3 * WIDTH).to(BF16), rotary_table(TOKENS, DIM), torch.ones(DIM)
+    qkv, angles, ones = torch.randn(1, TOKENS, 3 * WIDTH).to(BF16), rotary_angles(TOKENS, DIM), torch.ones(DIM)
     q, k = (torch.empty(1, HEADS, TOKENS, DIM, dtype=BF16) for _ in range(2))
     ops, cos, sin = CpuOps(BF16, THREADS), *angles
 
     def ours() -> Tensor:
-        ops.qk_norm_rope(qkv, angles, (ones, ones), q, k)
+        ops.qk_norm_rope(qkv, angles, (ones, ones), q, k, 1e-6)
         return q
 
     def plain() -> Tensor:
@@ -130,19 +132,21 @@ def features() -> Case:
 
 
 def sampler_step() -> Case:
-    x, history, update = torch.randn(1, TOKENS, 64), torch.zeros(1, TOKENS, 64), torch.rand(9) * 0.1
+    x, history = torch.randn(1, TOKENS, 64), torch.zeros(1, TOKENS, 64)
+    call = PlannedCall((0,), False, 0, None, 1, 1, torch.rand(9) * 0.1, torch.zeros(1))
     raw, fed = torch.randn(1, TOKENS, 64).to(BF16), torch.empty(1, TOKENS, 64, dtype=BF16)
+    buffers = SamplerBuffers(x, history, torch.empty_like(x), fed)
     ops, plain = CpuOps(BF16, THREADS), ReferenceOps(BF16)
 
     def run(table: Any) -> Tensor:
-        table.sampler_step(x, history, raw, None, None, update, 1, fed)
+        table.update_state(buffers, raw, None, None, call)
         return fed
 
     return Case(lambda: run(ops), lambda: run(plain), 20 * TOKENS * 64, None)  # both change x
 
 
 def quantize() -> Case:
-    x, ops = torch.randn(1, TOKENS, WIDTH).to(BF16), CpuOps(BF16, THREADS, int8=True)
+    x, ops = torch.randn(1, TOKENS, WIDTH).to(BF16), CpuOps(BF16, THREADS, int8=True, exact_int8=True)
 
     def plain() -> Tensor:
         scale = x.float().abs().amax(-1, keepdim=True) / 127
