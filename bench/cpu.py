@@ -39,7 +39,7 @@ from presto_rt.runtime.cost import block_cost, plan_cost
 from presto_rt.runtime.cpu import autodtype
 from presto_rt.runtime.cpu.backend import CpuBackend
 from presto_rt.runtime.cpu.ops import CpuOps
-from presto_rt.runtime.cpu.products import pack_int8, pack_linear
+from presto_rt.runtime.cpu.products import int8_is_exact, pack_int8, pack_linear
 from presto_rt.runtime.cpu.threads import thread_limit
 from presto_rt.runtime.dit import Memory, denoise
 from presto_rt.runtime.eager.backend import EagerBackend
@@ -107,8 +107,12 @@ def torch_pipeline(a: argparse.Namespace, threads: int, dtype: str, compiled: bo
 def every_way(a: argparse.Namespace, threads: int) -> tuple[dict[str, Pipeline], dict[str, str]]:
     """Load the same model for each way; return them by name, and for each missing way the reason."""
     models = {f"eager {dtype}": torch_pipeline(a, threads, dtype) for dtype in DTYPES}
-    models |= {f"ours {dtype}": pipeline(a, threads, dtype, "cpu") for dtype in (*DTYPES, "int8")}
     missing: dict[str, str] = {}
+    if int8_is_exact():
+        dtypes = (*DTYPES, "int8")
+    else:
+        dtypes, missing["ours int8"] = (*DTYPES,), "the processor has no VNNI"
+    models |= {f"ours {dtype}": pipeline(a, threads, dtype, "cpu") for dtype in dtypes}
     if a.compile:
         import torch._inductor.config as inductor
 
