@@ -39,7 +39,7 @@ from presto_rt.runtime.cost import block_cost, plan_cost
 from presto_rt.runtime.cpu import autodtype
 from presto_rt.runtime.cpu.backend import CpuBackend
 from presto_rt.runtime.cpu.ops import CpuOps
-from presto_rt.runtime.cpu.products import int8_is_exact, pack_int8, pack_linear
+from presto_rt.runtime.cpu.products import pack_int8, pack_linear
 from presto_rt.runtime.cpu.threads import thread_limit
 from presto_rt.runtime.dit import Memory, denoise
 from presto_rt.runtime.eager.backend import EagerBackend
@@ -104,20 +104,25 @@ def torch_pipeline(a: argparse.Namespace, threads: int, dtype: str, compiled: bo
     return model
 
 
+def dtypes() -> list[str]:
+    """Return the dtypes for which the processor has instructions; the others take minutes a clip."""
+    rates = autodtype.matmul_rates()
+    return [short for name, short in SHORT.items() if rates[name] > 0]
+
+
 def every_way(a: argparse.Namespace, threads: int) -> tuple[dict[str, Pipeline], dict[str, str]]:
     """Load the same model for each way; return them by name, and for each missing way the reason."""
-    models = {f"eager {dtype}": torch_pipeline(a, threads, dtype) for dtype in DTYPES}
-    missing: dict[str, str] = {}
-    if int8_is_exact():
-        dtypes = (*DTYPES, "int8")
-    else:
-        dtypes, missing["ours int8"] = (*DTYPES,), "the processor has no VNNI"
-    models |= {f"ours {dtype}": pipeline(a, threads, dtype, "cpu") for dtype in dtypes}
+    here = dtypes()
+    floats = [dtype for dtype in here if dtype in DTYPES]
+    absent = [dtype for dtype in SHORT.values() if dtype not in here]
+    missing = {f"ours {dtype}": "the processor has no instructions for it" for dtype in absent}
+    models = {f"eager {dtype}": torch_pipeline(a, threads, dtype) for dtype in floats}
+    models |= {f"ours {dtype}": pipeline(a, threads, dtype, "cpu") for dtype in here}
     if a.compile:
         import torch._inductor.config as inductor
 
         inductor.freezing = True
-        models |= {f"compiled {dtype}": torch_pipeline(a, threads, dtype, compiled=True) for dtype in DTYPES}
+        models |= {f"compiled {dtype}": torch_pipeline(a, threads, dtype, compiled=True) for dtype in floats}
     if a.others and a.guidance == 1.0:
         first = models["eager fp32"]
         job = clip_job(a, first)
@@ -172,14 +177,13 @@ def networks(a: argparse.Namespace, threads: int) -> dict[str, dict[str, Callabl
     assert isinstance(ours.backend, CpuBackend)
     program = ours.backend.codec
     latents = torch.randn(1, ours.plan(a.seconds).frames, ours.model.spec.channels) * 0.5
-    codecs = {dtype: eager_parts(torch_pipeline(a, threads, dtype))[2] for dtype in DTYPES}
+    codecs = {t: eager_parts(torch_pipeline(a, threads, t))[2] for t in dtypes() if t in DTYPES}
     ids = torch.tensor([encoder.tokenizer.encode(PROMPT).ids])
     mask = torch.ones_like(ids, dtype=torch.bool)
     text = TextProgram(encoder, CpuOps(ours.backend.precision.dtype, threads))
     return {
         "codec's decoder network": {
-            "eager fp32": lambda: codecs["fp32"].decode_features(latents),
-            "eager bf16": lambda: codecs["bf16"].decode_features(latents),
+            **{f"eager {t}": partial(codec.decode_features, latents) for t, codec in codecs.items()},
             f"ours {auto}": lambda: program.features(latents),
         },
         "text encoder": {"eager fp32": lambda: encoder(ids, mask), f"ours {auto}": lambda: text(ids, mask)},
@@ -207,14 +211,17 @@ def rates(threads: int) -> dict[str, float]:
     rows, inputs, outputs = 689, 1024, 4096
     with thread_limit(threads), torch.inference_mode():
         work = 2 * rows * inputs * outputs / 1e9
-        for name, dtype in DTYPES.items():
+        here = dtypes()
+        for name in (name for name in here if name in DTYPES):
+            dtype = DTYPES[name]
             x, product = torch.randn(rows, inputs).to(dtype), pack_linear(torch.randn(outputs, inputs), None, dtype)
             out[f"{name} GFLOP/s"] = work / min(timed(lambda x=x, p=product: p(x)) for _ in range(20))
-        x, int8_product = (
-            torch.randint(1, 256, (rows, inputs)).to(torch.uint8),
-            pack_int8(torch.randn(outputs, inputs), None),
-        )
-        out["int8 Gop/s"] = work / min(timed(lambda: int8_product(x, torch.bfloat16)) for _ in range(20))
+        if "int8" in here:
+            x, int8_product = (
+                torch.randint(1, 256, (rows, inputs)).to(torch.uint8),
+                pack_int8(torch.randn(outputs, inputs), None),
+            )
+            out["int8 Gop/s"] = work / min(timed(lambda: int8_product(x, torch.bfloat16)) for _ in range(20))
         source, target = torch.ones(64 << 18), torch.empty(64 << 18)
         out["copy GB/s"] = 8 * source.numel() / min(timed(lambda: target.copy_(source)) for _ in range(20)) / 1e9
     return out

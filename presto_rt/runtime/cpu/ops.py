@@ -15,9 +15,9 @@ from ... import native
 from ...diffusion import noise
 from ...errors import BackendUnavailableError
 from ...models.spectral import SpectralFrames
-from ..eager.ops import keep_latents
+from ..eager.ops import ComposedSamplerStep
 from ..ops import Capabilities, Modulation, PackedLinear, SamplerBuffers, Seeds
-from ..plan import LatentEdit, PlannedCall
+from ..plan import PlannedCall
 from .products import INT8_MIN_INPUTS, Int8Linear, int8_is_exact, pack_int8, pack_linear
 from .threads import reduce_openmp_spinning
 
@@ -33,7 +33,7 @@ def unsupported_reason(dtype: torch.dtype = torch.float32) -> str | None:
     return None
 
 
-class CpuOps:
+class CpuOps(ComposedSamplerStep):
     """C++ and oneDNN. See `runtime.ops.Ops`.
 
     Args:
@@ -205,22 +205,6 @@ class CpuOps:
             self.lib.normal(clip, noise.check_seed(seed), stream)
         return out
 
-    def sampler_step(
-        self,
-        buffers: SamplerBuffers,
-        conditional: Tensor,
-        unconditional: Tensor | None,
-        seeds: Seeds,
-        call: PlannedCall,
-        edit: LatentEdit | None,
-    ) -> None:
-        """See `Ops.sampler_step`."""
-        fresh = None if call.noise_stream is None else self.normal(seeds, call.noise_stream, buffers.noise)
-        self.update_state(buffers, conditional, unconditional, fresh, call)
-        if edit is not None and call.step:
-            self.normal(seeds, 0, buffers.noise)
-            keep_latents(buffers, call, edit)
-
     def update_state(
         self,
         buffers: SamplerBuffers,
@@ -229,15 +213,7 @@ class CpuOps:
         fresh: Tensor | None,
         call: PlannedCall,
     ) -> None:
-        """Apply the nine coefficients of `trajectory` to the state.
-
-        Args:
-            buffers: x, history and network_input are written.
-            conditional: raw output F_c.
-            unconditional: raw output F_u, or None.
-            fresh: noise (B, T, C) fp32, or None.
-            call: coefficients and number of copies of the next input.
-        """
+        """See `ComposedSamplerStep.update_state`."""
         b = buffers
         self.lib.sampler_step(
             b.x, b.history, conditional, unconditional, fresh, call.coefficients, call.next_copies, b.network_input,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,7 +37,50 @@ class DenseWeights:
     input_scale: float | None = None
 
 
-class ReferenceOps:
+class ComposedSamplerStep(ABC):
+    """`Ops.sampler_step` for tables in which noise, update and kept latents are operators of their own."""
+
+    @abstractmethod
+    def normal(self, seeds: Seeds, stream: int, out: Tensor) -> Tensor:
+        """See `Ops.normal`."""
+
+    @abstractmethod
+    def update_state(
+        self,
+        buffers: SamplerBuffers,
+        conditional: Tensor,
+        unconditional: Tensor | None,
+        fresh: Tensor | None,
+        call: PlannedCall,
+    ) -> None:
+        """Apply the nine coefficients of `trajectory` to the state.
+
+        Args:
+            buffers: x, history and network_input are written.
+            conditional: raw output F_c.
+            unconditional: raw output F_u, or None.
+            fresh: noise (B, T, C) fp32, or None.
+            call: coefficients and number of copies of the next input.
+        """
+
+    def sampler_step(
+        self,
+        buffers: SamplerBuffers,
+        conditional: Tensor,
+        unconditional: Tensor | None,
+        seeds: Seeds,
+        call: PlannedCall,
+        edit: LatentEdit | None,
+    ) -> None:
+        """See `Ops.sampler_step`."""
+        fresh = None if call.noise_stream is None else self.normal(seeds, call.noise_stream, buffers.noise)
+        self.update_state(buffers, conditional, unconditional, fresh, call)
+        if edit is not None and call.step:
+            self.normal(seeds, 0, buffers.noise)
+            keep_latents(buffers, call, edit)
+
+
+class ReferenceOps(ComposedSamplerStep):
     """Plain torch, one formula after another. See `runtime.ops.Ops`."""
 
     capabilities = Capabilities()
@@ -148,22 +192,6 @@ class ReferenceOps:
                 clip.copy_(noise.normal(int(seed) % 2**64, clip.shape, stream=stream, device=out.device))
         return out
 
-    def sampler_step(
-        self,
-        buffers: SamplerBuffers,
-        conditional: Tensor,
-        unconditional: Tensor | None,
-        seeds: Seeds,
-        call: PlannedCall,
-        edit: LatentEdit | None,
-    ) -> None:
-        """See `Ops.sampler_step`."""
-        fresh = None if call.noise_stream is None else self.normal(seeds, call.noise_stream, buffers.noise)
-        self.update_state(buffers, conditional, unconditional, fresh, call)
-        if edit is not None and call.step:
-            self.normal(seeds, 0, buffers.noise)
-            keep_latents(buffers, call, edit)
-
     def update_state(
         self,
         buffers: SamplerBuffers,
@@ -172,15 +200,7 @@ class ReferenceOps:
         fresh: Tensor | None,
         call: PlannedCall,
     ) -> None:
-        """Apply the nine coefficients of `trajectory` to the state.
-
-        Args:
-            buffers: x, history and network_input are written.
-            conditional: raw output F_c.
-            unconditional: raw output F_u, or None.
-            fresh: noise (B, T, C) fp32, or None.
-            call: coefficients and number of copies of the next input.
-        """
+        """See `ComposedSamplerStep.update_state`."""
         a, b, c, h, s, p, q, r, c_in = call.coefficients
         x = buffers.x
         following, kept = a * x + b * conditional.float(), p * x + q * conditional.float()
