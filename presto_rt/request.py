@@ -119,7 +119,8 @@ def sampling_plan(
     sampler = defaults.sampler if settings.sampler is None else settings.sampler
     find_sampler(sampler)
     scale = number("guidance", defaults.guidance if settings.guidance is None else settings.guidance, 0, 100)
-    guidance = Guidance(scale, settings.guidance_interval or defaults.guidance_interval, settings.cfg_pp)
+    interval = defaults.guidance_interval if settings.guidance_interval is None else settings.guidance_interval
+    guidance = Guidance(scale, interval, settings.cfg_pp)
     check_guidance(sampler, guidance)
     samples = round(number("seconds", settings.seconds, MIN_SECONDS, spec.max_seconds) * spec.sample_rate)
     ladder = (spec.sigma_min, spec.sigma_max, spec.rho)

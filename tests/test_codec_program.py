@@ -12,7 +12,7 @@ from presto_rt.runtime.codec import CodecProgram, decoder_features, limit_peak, 
 from presto_rt.runtime.cpu.ops import CpuOps
 from presto_rt.runtime.cuda.ops import CudaOps
 from presto_rt.runtime.eager.ops import ReferenceOps
-from tests.support.codecs import random_codec
+from tests.support.codecs import random_codec, relative_rms
 
 needs_native = pytest.mark.skipif(native.lib is None, reason=f"no C++ operators: {native.why}")
 MASKING = {
@@ -26,10 +26,6 @@ each_griffin_lim = pytest.mark.parametrize("griffin_lim", [0, 3])
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-def relative_rms(got: Tensor, want: Tensor) -> float:
-    return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
 
 
 @each_masking

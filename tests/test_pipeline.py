@@ -19,6 +19,8 @@ from presto_rt.loading import load
 from presto_rt.pipeline import Pipeline
 from presto_rt.request import GenerationOptions, GenerationRequest
 from presto_rt.runtime.backend import Job, Result
+from presto_rt.runtime.codec import limit_peak
+from tests.support.codecs import relative_rms
 from tests.support.models import count_runs, write_tiny_model
 
 
@@ -165,6 +167,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"cfg_pp": True, "guidance": 0.5}, "CFG"),
     ({"guidance_interval": (2, 1)}, "interval"),
     ({"guidance_interval": 3}, "interval"),
+    ({"guidance_interval": 0}, "interval"),
+    ({"guidance_interval": ()}, "interval"),
     ({"guidance_interval": (1,)}, "interval"),
     ({"guidance_interval": ("a", "b")}, "interval"),
     ({"sample_format": "int24"}, "float32, int16"),
@@ -231,7 +235,10 @@ def test_generate_runs_several_clips_in_batches_of_the_backend(
     for a, b in zip(alone, together, strict=True):
         assert (a.seed, a.prompt) == (b.seed, b.prompt)
         assert np.abs(latents_of(a) - latents_of(b)).max() <= 1e-4
-        assert np.abs(a.samples - b.samples).max() <= 1e-4
+        # Not a.samples: a rounding error of the latents may turn the phase of a quiet bin by any angle.
+        own = torch.from_numpy(latents_of(b))[None]
+        decoded = limit_peak(eager.backend.decode(own, b.samples.shape[1]))[0]
+        assert relative_rms(torch.from_numpy(b.samples), decoded) < 1e-4
 
 
 def test_run_equals_generate(model: Pipeline) -> None:

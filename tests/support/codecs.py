@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from presto_rt.models.codec import Codec, CodecConfig
 
@@ -21,3 +22,8 @@ def random_codec(config: CodecConfig = SMALL, griffin_lim: int = 0) -> Codec:
     codec.feature_mean.normal_(-8, 2)
     codec.max_log_magnitude.normal_(-7, 1)
     return codec
+
+
+def relative_rms(got: Tensor, want: Tensor) -> float:
+    """Return the RMS of the error over the RMS of what is wanted."""
+    return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
